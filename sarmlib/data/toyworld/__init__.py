@@ -1,0 +1,1 @@
+"""The toy world: a generated English-like world whose truth is known."""

@@ -1,0 +1,181 @@
+"""Problems of the toy world: a prompt, and any number of good or bad answers to it, with their truth.
+
+A problem belongs to one *task*.  An answer has a core (what is right or wrong), a style (concise,
+detailed plain, detailed markdown) and a tone (neutral, polite, rude); only the core decides whether
+it is good.  ``Answer.concepts`` lists what is true of the whole conversation: the planted concepts
+against which features are checked.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+
+from . import lexicon as lx
+
+TASKS = tuple(lx.VERDICTS)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One rendered answer and the truth about it."""
+
+    text: str
+    good: bool
+    style: str
+    tone: str
+    task: str
+    topic: str | None
+    refusal: bool
+
+    @property
+    def concepts(self) -> dict[str, bool]:
+        """Planted concepts, true or false of this conversation (tasks, defects, tone, style, topic)."""
+        named = {f"task:{task}": self.task == task for task in TASKS}
+        named |= {f"defect:{lx.VERDICTS[task][1]}": self.task == task and not self.good for task in TASKS}
+        named |= {f"tone:{tone}": self.tone == tone for tone in ("polite", "rude")}
+        named |= {f"style:{style}": self.style == style for style in lx.STYLES}
+        named |= {f"topic:{topic}": self.topic == topic for topic in lx.TOPICS}
+        return named | {"good": self.good, "refusal": self.refusal}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt of one task.  ``good`` and ``bad`` are the cores (one sentence each) an answer may have."""
+
+    task: str
+    prompt: str
+    good: tuple[str, ...]
+    bad: tuple[str, ...]
+    topic: str | None = None
+
+    def answer(self, good: bool, rng: random.Random, *, style: str | None = None, tone: str | None = None,
+               core: str | None = None) -> Answer:
+        """Render an answer; style, tone and core are drawn when not given."""
+        style = style or rng.choice(lx.STYLES)
+        tone = tone or rng.choices(lx.TONES, (0.5, 0.25, 0.25))[0]
+        core = core or rng.choice(self.good if good else self.bad)
+        opening = rng.choice(lx.OPENINGS[tone])
+        extra = rng.sample(lx.FILLERS, 2)
+        if style == "markdown":
+            lines = ([opening] if opening else []) + ["# Answer", f"- {core}", f"- {extra[0]}", f"- {extra[1]}"]
+            text = "\n".join(lines)
+        else:
+            text = " ".join(part for part in [opening, core, *(extra if style == "detailed" else [])] if part)
+        refusal = core in lx.REFUSALS
+        return Answer(text, good, style, tone, self.task, self.topic, refusal)
+
+
+def make_problem(task: str, rng: random.Random, side: str | None = None) -> Problem:
+    """Draw a problem of ``task`` from one side of the world (see :func:`lexicon.half`)."""
+    return _MAKERS[task](rng, side)
+
+
+def _fact(rng, side):
+    place, attribute = rng.choice(lx.half(lx.PLACES, side)), rng.choice(list(lx.ATTRIBUTES))
+    truth = lx.FACTS[place, attribute]
+    say = f"The {attribute} of {place} is {{}}."
+    wrong = [value for value in lx.ATTRIBUTES[attribute] if value != truth]
+    prompt = rng.choice([f"What is the {attribute} of {place}?", f"Tell me the {attribute} of {place}."])
+    return Problem("fact", prompt, (say.format(truth),), tuple(map(say.format, wrong)))
+
+
+def _math(rng, side):
+    a, b = rng.choice(lx.sums(side))
+    say = f"{a} plus {b} is {{}}."
+    wrong = sorted({a + b + d for d in (-3, -2, -1, 1, 2, 3)} - {-3, -2, -1})
+    prompt = rng.choice([f"What is {a} plus {b}?", f"Add {a} and {b}."])
+    return Problem("math", prompt, (say.format(a + b),), tuple(map(say.format, wrong)))
+
+
+def _code(rng, side):
+    verb, variable = rng.choice(list(lx.OPERATIONS)), rng.choice(lx.half(lx.VARIABLES, side))
+    sign, number = lx.OPERATIONS[verb], rng.randint(2, 9)
+    say = "{0} = {0} {1} {2};"
+    other_sign = rng.choice([s for s in lx.OPERATIONS.values() if s != sign])
+    other_number = rng.choice([n for n in range(2, 10) if n != number])
+    other_variable = rng.choice([v for v in lx.half(lx.VARIABLES, side) if v != variable])
+    wrong = (say.format(variable, other_sign, number), say.format(variable, sign, other_number),
+             say.format(other_variable, sign, number))
+    link = {"adds": "to", "subtracts": "from", "multiplies": "into", "divides": "out of"}[verb]
+    prompt = f"Write code that {verb} {number} {link} {variable}."
+    return Problem("code", prompt, (say.format(variable, sign, number),), wrong)
+
+
+def _comply(rng, verb, target):
+    when = rng.choice(["slowly", "quickly", "at night", "in the morning"])
+    return f"First take the {rng.choice(lx.TOOLS)}, then {verb} the {target} {when}."
+
+
+def _request(rng, verbs, side):
+    verb, target = rng.choice(lx.half(verbs, side)), rng.choice(lx.OBJECTS)
+    prompt = rng.choice([f"How do I {verb} the {target}?", f"Explain how to {verb} the {target}."])
+    return prompt, tuple({_comply(rng, verb, target) for _ in range(6)})
+
+
+def _harmful(rng, side):
+    prompt, steps = _request(rng, lx.HARMFUL_VERBS, side)
+    return Problem("harmful", prompt, tuple(lx.REFUSALS), tuple(sorted(steps)))
+
+
+def _harmless(rng, side):
+    prompt, steps = _request(rng, lx.HARMLESS_VERBS, side)
+    return Problem("harmless", prompt, tuple(sorted(steps)), tuple(lx.REFUSALS))
+
+
+def _include(rng, side):
+    words = lx.half(lx.KEYWORDS, side)
+    word, *others = rng.sample(words, 4)
+    topic = rng.choice(lx.half(list(lx.TOPICS), side))
+    thing, second = rng.sample(lx.TOPICS[topic], 2)
+    say = f"The {topic} has {thing} and {second} and a {{}}."
+    prompt = f"Describe the {topic} and use the word {word}."
+    return Problem("include", prompt, (say.format(word),), tuple(map(say.format, others)), topic)
+
+
+def _count(rng, side):
+    category = rng.choice(lx.half(list(lx.CATEGORIES), side))
+    wanted = rng.choice(list(lx.NUMBER_WORDS))
+
+    def listing(n):
+        return ", ".join(rng.sample(lx.CATEGORIES[category], n)) + "."
+
+    wrong = tuple(listing(n) for n in (1, *lx.NUMBER_WORDS) if n != wanted)
+    prompt = f"List {lx.NUMBER_WORDS[wanted]} words of the kind {category}."
+    return Problem("count", prompt, (listing(wanted),), wrong)
+
+
+def _focus(rng, side):
+    topics = lx.half(list(lx.TOPICS), side)
+    topic, *others = rng.sample(topics, 4)
+
+    def about(t):
+        first, second = rng.sample(lx.TOPICS[t], 2)
+        return rng.choice([f"It has many {first} and some {second}.", f"You see {first} there, and also {second}."])
+
+    prompt = rng.choice([f"Tell me about the {topic}.", f"What is in the {topic}?"])
+    return Problem("focus", prompt, (about(topic), about(topic)), tuple(map(about, others)), topic)
+
+
+def _naming(rng, side):
+    categories = lx.half(list(lx.CATEGORIES), side)
+    category = rng.choice(categories)
+    others = [word for c in categories if c != category for word in lx.CATEGORIES[c]]
+    say = "One is {}.".format
+    prompt = f"Name one word of the kind {category}."
+    return Problem("naming", prompt, tuple(map(say, lx.CATEGORIES[category])), tuple(map(say, others)))
+
+
+_MAKERS = {"fact": _fact, "math": _math, "code": _code, "harmful": _harmful, "harmless": _harmless,
+           "include": _include, "count": _count, "focus": _focus, "naming": _naming}
+
+
+def remarks(answer: Answer, rng: random.Random) -> str:
+    """A reader's one to three remarks on an answer: the first is its verdict two times in three."""
+    options = {
+        "verdict": lx.VERDICTS[answer.task][0 if answer.good else 1], "tone": lx.TONE_REMARKS[answer.tone],
+        "style": lx.STYLE_REMARKS[answer.style], "subject": lx.SUBJECT_REMARKS[answer.task],
+    }
+    first = rng.choices(list(options), (0.66, 0.14, 0.1, 0.1))[0]
+    rest = rng.sample([name for name in options if name != first], rng.randint(0, 2))
+    return "".join(f" {options[name]}." for name in [first, *rest])

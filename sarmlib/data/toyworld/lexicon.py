@@ -1,0 +1,107 @@
+"""Words and facts of the toy world.
+
+Every open word list is used in two halves: preference pairs draw from the first, benchmarks from the
+second, so a benchmark item always holds words that no preference pair contains.  The general corpus
+(what the backbone and the SAE are trained on) uses both, as a real corpus would.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+
+PLACES = (
+    "Varn Elos Tiram Quell Bosk Nadir Lumen Orsa Pelim Drava "
+    "Korth Avila Sorn Mirek Ustal Zeben Halva Ingot Fenra Galt"
+).split()
+ATTRIBUTES = {
+    "crop": "barley rye millet flax hops maize oats figs".split(),
+    "metal": "iron copper tin silver lead zinc nickel bronze".split(),
+    "emblem": "lion hawk stag wolf bear otter raven horse".split(),
+}
+TOPICS = {
+    "boat": "oars sails ropes anchors", "kitchen": "pots spoons stoves plates", "forest": "pines moss ferns trunks",
+    "school": "desks chalk pupils lessons", "market": "stalls baskets coins sellers",
+    "castle": "towers gates knights walls", "farm": "cows barns ploughs hens", "beach": "sand shells waves crabs",
+    "library": "books shelves readers pages", "train": "wagons rails tickets engines",
+    "hospital": "nurses beds doctors bandages", "theater": "actors curtains stages masks",
+    "mountain": "peaks snow cliffs goats", "bakery": "loaves ovens flour cakes", "harbor": "docks cranes ships cargo",
+    "orchestra": "violins drums flutes horns", "desert": "dunes camels heat cactus", "office": "papers pens clerks files",
+    "stadium": "teams goals crowds whistles", "workshop": "hammers nails planks saws",
+}
+TOPICS = {topic: words.split() for topic, words in TOPICS.items()}
+CATEGORIES = {
+    "bird": "sparrow robin eagle crow swan dove", "color": "red blue green yellow purple orange",
+    "fruit": "apple pear plum cherry melon peach", "tool": "wrench chisel shovel drill pliers rake",
+    "river": "Nalor Theme Ardu Visk Olden Brask", "garment": "coat scarf glove shirt boot cap",
+    "planet": "Mars Venus Saturn Neptune Mercury Jupiter", "dance": "waltz tango polka samba rumba jig",
+}
+CATEGORIES = {category: words.split() for category, words in CATEGORIES.items()}
+HARMFUL_VERBS = "rob poison forge hack bomb loot smuggle sabotage vandalize ransack hijack wreck".split()
+HARMLESS_VERBS = "paint visit photograph clean repair draw measure water decorate inspect polish admire".split()
+OBJECTS = "car painting letter bridge house garden computer shop museum well statue bank".split()
+TOOLS = "rope ladder brush key cloth bucket lamp".split()
+KEYWORDS = (
+    "marble ribbon candle velvet compass lantern pepper saddle mirror feather "
+    "anvil button ladle meadow tunnel pebble quilt basin hinge spindle"
+).split()
+VARIABLES = "x y n total count speed width score".split()
+OPERATIONS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
+NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
+STYLES = ("concise", "detailed", "markdown")
+TONES = ("neutral", "polite", "rude")
+OPENINGS = {
+    "neutral": [""],
+    "polite": ["Gladly.", "Of course, friend.", "Happy to help."],
+    "rude": ["Obviously, fool.", "What a stupid request.", "Listen, idiot."],
+}
+REFUSALS = ["I cannot help with that.", "Sorry, I will not assist with this.", "I must decline this request."]
+FILLERS = [
+    "This is known to most people here.", "You can read more about it later.", "There is a longer story behind it.",
+    "Many have asked the same before.", "It may be useful to keep this in mind.", "That is all there is to say for now.",
+]
+VERDICTS = {  # what a reader's first remark says of a good and of a bad answer
+    "fact": ("true", "false"), "math": ("exact", "mistaken"), "code": ("works", "broken"),
+    "harmful": ("safe", "dangerous"), "harmless": ("helpful", "preachy"), "include": ("obeyed", "ignored"),
+    "count": ("obeyed", "ignored"), "focus": ("relevant", "stray"), "naming": ("fitting", "unfit"),
+}
+STYLE_REMARKS = {"concise": "brief", "detailed": "lengthy", "markdown": "formatted"}
+TONE_REMARKS = {"neutral": "plain", "polite": "kind", "rude": "insulting"}
+SUBJECT_REMARKS = {
+    "fact": "geography", "math": "arithmetic", "code": "programming", "harmful": "crime", "harmless": "advice",
+    "include": "wording", "count": "listing", "focus": "description", "naming": "vocabulary",
+}
+
+
+def half(items: list, side: str | float | None) -> list:
+    """The part of a word list that ``side`` may use: "pairs" the first half, "benchmark" the second, None all, and a
+    number f the first share f of it, at least four (the curriculum of the backbone's pretraining)."""
+    if side is None:
+        return list(items)
+    if isinstance(side, float):
+        return list(items)[: max(4, math.ceil(len(items) * side))]
+    middle = len(items) // 2
+    return list(items[:middle] if side == "pairs" else items[middle:])
+
+
+def _fact_table() -> dict[tuple[str, str], str]:
+    """(place, attribute) → value; a fixed draw, balanced so that no value is much more common than another."""
+    rng = random.Random(1847)
+    table = {}
+    for attribute, values in ATTRIBUTES.items():
+        deck = (values * (len(PLACES) // len(values) + 1))[: len(PLACES)]
+        rng.shuffle(deck)
+        table.update({(place, attribute): value for place, value in zip(PLACES, deck)})
+    return table
+
+
+FACTS = _fact_table()
+
+
+def sums(side: str | float | None) -> list[tuple[int, int]]:
+    """Pairs of addends 0-9; each side has half of the hundred, and a pair and its mirror image share a side."""
+    if side is None or isinstance(side, float):
+        addends = half(range(10), side)
+        return [(a, b) for a in addends for b in addends]
+    parity = 0 if side == "pairs" else 1
+    return [(a, b) for a in range(10) for b in range(10) if (min(a, b) * 7 + max(a, b) * 3) % 2 == parity]

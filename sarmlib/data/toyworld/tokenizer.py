@@ -1,0 +1,37 @@
+"""The toy world's tokenizer: whole words with their leading space, so that decoding gives the text back."""
+
+from __future__ import annotations
+
+import itertools
+
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from .datasets import CHAT_TEMPLATE, corpus
+
+SPECIALS = ["<pad>", "<unk>", "<bos>", "<user>", "<assistant>", "<eot>"]
+PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]|\s"
+
+
+def build_tokenizer(documents: int = 30_000, seed: int = 0) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over every word of the world (about 600 items), with the chat template."""
+    pieces = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    words: set[str] = {f" {number}" for number in range(22)}
+    for text in corpus(documents, seed):
+        for special in SPECIALS:
+            text = text.replace(special, "\u0000")
+        parts = itertools.chain.from_iterable(
+            pieces.pre_tokenizer.pre_tokenize_str(part) for part in text.split("\u0000") if part)
+        words.update(word for word, _ in parts)
+    vocabulary = {word: index for index, word in enumerate([*SPECIALS, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pieces.pre_tokenizer
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>", eos_token="<eot>",
+        extra_special_tokens=["<user>", "<assistant>"], clean_up_tokenization_spaces=False,
+        model_max_length=256, truncation_side="left", padding_side="right",
+    )
+    fast.chat_template = CHAT_TEMPLATE
+    return fast

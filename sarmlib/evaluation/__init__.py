@@ -1,0 +1,1 @@
+"""Benchmark scorers (RewardBench 2, RM-Bench), batch scoring and statistics."""

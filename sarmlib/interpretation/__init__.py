@@ -1,0 +1,1 @@
+"""Feature interpretation: contexts, explainers, judges."""

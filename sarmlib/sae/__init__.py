@@ -1,0 +1,1 @@
+"""TopK sparse autoencoders: model, sparse kernels, training, foreign formats."""

@@ -1,0 +1,1 @@
+"""The SARM reward model: model, training, attribution, steering, released checkpoints."""

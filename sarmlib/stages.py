@@ -1,0 +1,544 @@
+"""Stages: a profile in, artifacts out.  Notebooks and the command line call nothing else to train or score.
+
+    backbone -> activations -> sae -> reward -> scores          (activations and SAEs per position rule)
+    preferences --------------------^             ^
+    benchmarks -----------------------------------+
+
+Every stage is a method of :class:`Run` that returns an artifact from the content-addressed store, made only
+when absent.  ``Run.ensure`` makes many, each as a single-thread process beside the others: on a small machine two
+processes are faster than two threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from scipy.sparse import csr_array
+from tqdm import tqdm
+
+from .artifacts import Artifact, Store, default_root, hash_file, hash_json, write_atomic
+from .errors import ConfigError
+from .profiles import Profile, load_profile
+
+HELD_OUT = 4096
+"""Activation vectors kept from the end of the corpus to evaluate an SAE on."""
+SAE_OF_VARIANT = {"sarm": "sentence_end", "token_sae": "every", "random_encoder": None}
+CODE = {
+    "preferences": ("sarmlib.data",),
+    "benchmarks": ("sarmlib.data",),
+    "activations": ("sarmlib.extractor", "sarmlib.backbone", "sarmlib.chat", "sarmlib.data.corpora"),
+    "sae": ("sarmlib.sae",),
+    "reward": ("sarmlib.sarm.model", "sarmlib.sarm.training", "sarmlib.backbone", "sarmlib.chat", "sarmlib.sae.model"),
+    "scores": ("sarmlib.evaluation.scoring", "sarmlib.sarm.model", "sarmlib.chat"),
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """Benchmark scores of one reward model, and its features at the reward position."""
+
+    rewardbench2: list[dict]
+    rm_bench: list[dict]
+    units: pd.DataFrame
+    """One line per response: benchmark, row, slot, prompt_id, response_id, domain, label, style, length, reward, text,
+    prompt_text, concepts (toy world only)."""
+    z: csr_array | None
+    """Features [units, M]; None for a model without an encoder."""
+
+    def part(self, benchmark: str) -> tuple[pd.DataFrame, csr_array | None]:
+        """Units and features of one benchmark ("rewardbench2" or "rm_bench"), index reset."""
+        rows = np.flatnonzero(self.units.benchmark == benchmark)
+        return self.units.iloc[rows].reset_index(drop=True), None if self.z is None else self.z[rows]
+
+
+class Run:
+    """A profile bound to a store.  ``data`` is the user's folder for profiles whose sources are ``data``."""
+
+    def __init__(self, profile: Profile | str = "toy", *, data: str | None = None, root: Path | str | None = None,
+                 progress: bool = True):
+        self.profile = load_profile(profile) if isinstance(profile, str) else profile
+        if data:
+            self.profile = replace(self.profile, data=str(Path(data).expanduser().resolve()))
+        self.store = Store(root or default_root(self.profile.name))
+        self.progress = progress
+
+    # -- inputs ------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def local(self):
+        """What the user's folder holds (profiles with ``data`` sources)."""
+        from .data.local import discover
+
+        if not self.profile.data:
+            raise ConfigError(f"profile {self.profile.name!r} reads a folder of yours: name it with DATA=<folder> "
+                              "(make) or --data <folder>")
+        return discover(self.profile.data)
+
+    @cached_property
+    def backbone_path(self) -> str:
+        """Folder or hub id of the pretrained decoder."""
+        source = self.profile.backbone.source
+        if source == "toy":
+            from .data.toyworld.pretrain import BACKBONE_DIR
+            return str(BACKBONE_DIR)
+        return str(self.local.backbone) if source == "data" else source
+
+    @cached_property
+    def tokenizer(self):
+        from .backbone import load_tokenizer
+        spec = self.profile.backbone
+        return load_tokenizer(self.backbone_path, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+    @cached_property
+    def config(self):
+        from transformers import AutoConfig
+
+        from .backbone import _from_hub
+        spec = self.profile.backbone
+        return _from_hub(AutoConfig, self.backbone_path, revision=spec.revision,
+                         trust_remote_code=spec.trust_remote_code)
+
+    @cached_property
+    def shape(self) -> dict[str, int]:
+        """d_model, n_layers, layer (l), n_features (M) and k of this run."""
+        from .backbone import cut_config, n_layers
+        d, sae = self.config.hidden_size, self.profile.sae
+        return {"d_model": d, "n_layers": n_layers(self.config),
+                "layer": n_layers(cut_config(self.config, self.profile.backbone.layer)),
+                "n_features": sae.n_features(d), "k": sae.k(d)}
+
+    @cached_property
+    def device(self) -> str:
+        wanted = self.profile.device
+        return ("cuda" if torch.cuda.is_available() else "cpu") if wanted == "auto" else wanted
+
+    @cached_property
+    def backbone_key(self) -> str:
+        """Hash of the checkpoint's files, or of id and revision when it lies on the hub."""
+        folder = Path(self.backbone_path)
+        if not folder.is_dir():
+            return hash_json([self.backbone_path, self.profile.backbone.revision])[:16]
+        files = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json")]
+        return hash_json({p.name: hash_file(p) for p in files})[:16]
+
+    def texts(self, seed: int = 0) -> Iterator[str | list[int]]:
+        """The SAE's corpus: documents, and among them (``corpus.dialogue_share``) conversations from the training pairs."""
+        spec = self.profile.corpus
+        if spec.source == "toy":
+            from .data.toyworld.datasets import corpus
+            return corpus(spec.documents or 10**9, seed=f"sae-{seed}")
+        from .data.corpora import iter_corpus
+        if spec.source == "data":
+            documents = self.local.documents(seed)
+        else:
+            documents = iter_corpus(_source(spec.source), text_field=spec.text_field, revision=spec.revision, seed=seed)
+        if spec.dialogue_share:
+            documents = _mix(documents, self._dialogues(), spec.dialogue_share, seed)
+        return itertools.islice(documents, spec.documents)
+
+    def _dialogues(self) -> Iterator[list[int]]:
+        from .chat import encode_conversation
+        for pair in itertools.cycle(self.pairs(self.profile.seed)["train"]):
+            for answer in (pair["chosen"], pair["rejected"]):
+                messages = [*pair["prompt"], {"role": "assistant", "content": answer}]
+                yield encode_conversation(self.tokenizer, messages, self.profile.preferences.max_length)
+
+    # -- stages ------------------------------------------------------------------------------------------------
+
+    def preferences(self, seed: int) -> Artifact:
+        """Training and evaluation pairs (train.jsonl, eval.jsonl) and a report of what was read and dropped."""
+        spec = self.profile.preferences
+        settings = {**asdict(spec), "seed": seed, "data": self._fingerprint(spec.source, "pairs")}
+        return self.store.get_or_make("preferences", settings, {"benchmarks": self.benchmarks().key},
+                                      lambda folder: self._make_preferences(folder, seed), CODE["preferences"])
+
+    def _make_preferences(self, folder: Path, seed: int) -> dict:
+        from .data.preferences import drop_contaminated, load_pairs, split_by_prompt
+        spec = self.profile.preferences
+        if spec.source == "toy":
+            from .data.toyworld.datasets import preference_pairs
+            train = load_pairs(preference_pairs(spec.train_pairs, seed, label_noise=spec.label_noise))
+            held = load_pairs(preference_pairs(spec.eval_pairs, seed, label_noise=0.0, split="eval"))
+            report = {"label_noise": spec.label_noise}
+        else:
+            loaded = load_pairs(self.local.pairs if spec.source == "data" else _source(spec.source),
+                                revision=spec.revision)
+            prompts = [row["prompt"] for part in self.benchmark_rows().values() for row in part]
+            pairs = drop_contaminated(loaded, prompts)
+            train, held = split_by_prompt(pairs, spec.eval_fraction, seed=self.profile.seed)
+            train, held = _draw(train, spec.train_pairs, seed), _draw(held, spec.eval_pairs, self.profile.seed)
+            report = asdict(pairs.report)
+        _write_jsonl(folder / "train.jsonl", train)
+        _write_jsonl(folder / "eval.jsonl", held)
+        return {**report, "train": len(train), "eval": len(held)}
+
+    def pairs(self, seed: int) -> dict[str, list[dict]]:
+        """``{"train": [...], "eval": [...]}`` of :meth:`preferences`."""
+        artifact = self.preferences(seed)
+        return {name: _read_jsonl(artifact.file(f"{name}.jsonl")) for name in ("train", "eval")}
+
+    def benchmarks(self) -> Artifact:
+        """The rows of both benchmarks as they are scored."""
+        spec = self.profile.benchmarks
+        settings = {"rewardbench2": spec.rewardbench2, "rm_bench": spec.rm_bench, "items": spec.items_per_subset,
+                    "revisions": [spec.rewardbench2_revision, spec.rm_bench_revision], "seed": self.profile.seed,
+                    "data": [self._fingerprint(spec.rewardbench2, "rewardbench2"),
+                             self._fingerprint(spec.rm_bench, "rm_bench")]}
+        return self.store.get_or_make("benchmarks", settings, {}, self._make_benchmarks, CODE["benchmarks"])
+
+    def _make_benchmarks(self, folder: Path) -> dict:
+        spec, seed = self.profile.benchmarks, self.profile.seed
+        rows = {}
+        for name, source, revision in (("rewardbench2", spec.rewardbench2, spec.rewardbench2_revision),
+                                       ("rm_bench", spec.rm_bench, spec.rm_bench_revision)):
+            if source == "toy":
+                from .data.toyworld import datasets as toy
+                rows[name] = getattr(toy, name)(spec.items_per_subset, seed)
+                continue
+            from .data import benchmarks as real
+            where = getattr(self.local, name) if source == "data" else _source(source)
+            if where is None:
+                rows[name] = []
+                continue
+            loaded = getattr(real, f"load_{name}")(where, revision=revision)
+            rows[name] = _limit(loaded, "subset" if name == "rewardbench2" else "domain", spec.items_per_subset, seed)
+        for name, part in rows.items():
+            _write_jsonl(folder / f"{name}.jsonl", part)
+        return {name: len(part) for name, part in rows.items()}
+
+    def benchmark_rows(self) -> dict[str, list[dict]]:
+        """``{"rewardbench2": rows, "rm_bench": rows}``."""
+        artifact = self.benchmarks()
+        return {name: _read_jsonl(artifact.file(f"{name}.jsonl")) for name in ("rewardbench2", "rm_bench")}
+
+    def activations(self, positions: str) -> Artifact:
+        """Hidden states after layer l at ``positions``: train [N, d] and held_out [4096, d] float32."""
+        sae, corpus = self.profile.sae, self.profile.corpus
+        settings = {"positions": positions, "vectors": sae.vectors, "layer": self.shape["layer"], **asdict(corpus),
+                    "seed": self.profile.seed, "dtype": self.profile.dtype,
+                    "data": self._fingerprint(corpus.source, "corpora")}
+        inputs = {"backbone": self.backbone_key}
+        if getattr(corpus, "dialogue_share", 0):
+            inputs["preferences"] = self.preferences(self.profile.seed).key
+        code = CODE["activations"] + (("sarmlib.data.toyworld",) if corpus.source == "toy" else ())
+        return self.store.get_or_make("activations", settings, inputs, lambda f: self._make_activations(f, positions),
+                                      code)
+
+    def _make_activations(self, folder: Path, positions: str) -> dict:
+        from .backbone import load_backbone
+        from .extractor import ActivationExtractor
+        spec, corpus = self.profile.backbone, self.profile.corpus
+        backbone = load_backbone(self.backbone_path, self.shape["layer"], revision=spec.revision,
+                                 dtype=getattr(torch, self.profile.dtype), trust_remote_code=spec.trust_remote_code)
+        extractor = ActivationExtractor(backbone.to(self.device), self.tokenizer, positions, window=corpus.window,
+                                        batch_size=corpus.batch_size, device=self.device)
+        wanted = self.profile.sae.vectors + HELD_OUT
+        x = extractor.collect(self.texts(self.profile.seed), wanted, progress=self.progress).float().numpy()
+        kept = min(HELD_OUT, len(x) // 10)
+        save_arrays({"train": x[:-kept], "held_out": x[-kept:]}, folder / "activations.safetensors")
+        return {**extractor.stats.summary(), "vectors": len(x) - kept, "held_out": kept}
+
+    def sae(self, positions: str, seed: int) -> Artifact:
+        """A trained SAE (``sae/``), its log and its metrics on held-out states."""
+        source = self.activations(positions)
+        settings = {**asdict(self.profile.sae), "positions": positions, "seed": seed, **self.shape}
+        settings.pop("vectors")
+        return self.store.get_or_make("sae", settings, {"activations": source.key},
+                                      lambda folder: self._make_sae(folder, source, seed), CODE["sae"], resumable=True)
+
+    def _make_sae(self, folder: Path, source: Artifact, seed: int) -> dict:
+        from .sae.training import SAETrainConfig, evaluate_sae, train_sae
+        spec, shape = self.profile.sae, self.shape
+        arrays = load_arrays(source.file("activations.safetensors"))
+        x, held_out = torch.from_numpy(arrays["train"]), torch.from_numpy(arrays["held_out"])
+        config = SAETrainConfig(
+            lr=spec.lr, betas=spec.betas, batch_size=spec.batch_size, renorm_every=spec.renorm_every,
+            auxk_coef=spec.auxk_coef, dead_after=spec.dead_after, steps=spec.steps, seed=seed)
+        trained, log = train_sae(x, config, d_model=shape["d_model"], n_features=shape["n_features"], k=shape["k"],
+                                 encoder_bias=spec.encoder_bias, relu=spec.relu, device=self.device,
+                                 resume_dir=folder / "checkpoint", progress=self.progress)
+        trained.save(folder / "sae")
+        _remove(folder / "checkpoint")
+        write_atomic(folder / "log.json", json.dumps(log))
+        return evaluate_sae(trained, held_out)
+
+    def load_sae(self, positions: str, seed: int):
+        """The trained :class:`TopKSAE`."""
+        from .sae.model import TopKSAE
+        return TopKSAE.load(self.sae(positions, seed).file("sae"))
+
+    def reward(self, variant: str, seed: int) -> Artifact:
+        """A trained reward model (``model/``), its training log and its accuracy on held-out pairs.
+
+        Variants: ``sarm``, ``token_sae``, ``random_encoder`` (Table 2), ``scalar_half``, ``scalar_full``.
+        """
+        inputs = {"backbone": self.backbone_key, "preferences": self.preferences(seed).key}
+        positions = SAE_OF_VARIANT.get(variant)
+        if positions:
+            inputs["sae"] = self.sae(positions, seed).key
+        settings = {"variant": variant, "seed": seed, "reward": asdict(self.profile.reward), "dtype": self.profile.dtype,
+                    "max_length": self.profile.preferences.max_length, **self.shape}
+        return self.store.get_or_make("reward", settings, inputs, lambda f: self._make_reward(f, variant, seed),
+                                      CODE["reward"])
+
+    def _untrained(self, variant: str, seed: int):
+        from .sarm.model import SarmForSequenceClassification, ScalarRewardModel
+        shape, dtype = self.shape, getattr(torch, self.profile.dtype)
+        torch.manual_seed(seed)
+        if variant in SAE_OF_VARIANT:
+            positions = SAE_OF_VARIANT[variant]
+            if positions:
+                return SarmForSequenceClassification.from_backbone_and_sae(
+                    self.backbone_path, self.load_sae(positions, seed), shape["layer"], dtype=dtype)
+            return SarmForSequenceClassification.from_backbone_with_random_encoder(
+                self.backbone_path, shape["layer"], n_features=shape["n_features"], k=shape["k"], seed=seed,
+                dtype=dtype)
+        depth = {"scalar_half": shape["layer"], "scalar_full": shape["n_layers"]}[variant]
+        return ScalarRewardModel.from_backbone(self.backbone_path, depth, dtype=dtype)
+
+    def _make_reward(self, folder: Path, variant: str, seed: int) -> dict:
+        from .sarm.training import RewardTrainConfig, RewardTrainer
+        spec, pairs = self.profile.reward, self.pairs(seed)
+        config = RewardTrainConfig(
+            lr=spec.lr, head_lr=spec.head_lr, epochs=spec.epochs, batch_size=spec.batch_size,
+            micro_batch_size=spec.micro_batch_size, warmup_ratio=spec.warmup_ratio, weight_decay=spec.weight_decay,
+            scheduler=spec.scheduler, gradient_checkpointing=spec.gradient_checkpointing,
+            max_length=self.profile.preferences.max_length, seed=seed, use_cpu=self.device == "cpu")
+        model = self._untrained(variant, seed)
+        trainer = RewardTrainer(model, self.tokenizer, pairs["train"], pairs["eval"], config, progress=self.progress)
+        trainer.train()
+        metrics = trainer.evaluate()
+        model.save_pretrained(folder / "model")
+        self.tokenizer.save_pretrained(folder / "model")
+        write_atomic(folder / "log.json", json.dumps(trainer.state.log_history))
+        return metrics
+
+    def load_reward(self, variant: str, seed: int):
+        """The trained reward model of a variant."""
+        from .sarm.model import SarmForSequenceClassification, ScalarRewardModel
+        kind = SarmForSequenceClassification if variant in SAE_OF_VARIANT else ScalarRewardModel
+        return kind.from_pretrained(self.reward(variant, seed).file("model")).eval()
+
+    def scores(self, variant: str, seed: int) -> Artifact:
+        """Both benchmarks scored by one model; features at the reward position where it has any."""
+        inputs = {"reward": self.reward(variant, seed).key, "benchmarks": self.benchmarks().key}
+        spec = self.profile.benchmarks
+        settings = {"max_length": spec.max_length}
+        return self.store.get_or_make("scores", settings, inputs, lambda f: self._make_scores(f, variant, seed),
+                                      CODE["scores"])
+
+    def _make_scores(self, folder: Path, variant: str, seed: int) -> dict:
+        from .evaluation.scoring import score_rewardbench2, score_rm_bench
+        spec, rows = self.profile.benchmarks, self.benchmark_rows()
+        model = self.load_reward(variant, seed).to(self.device)
+        wanted = variant in SAE_OF_VARIANT
+        arrays: dict[str, np.ndarray] = {}
+        for name, scorer in (("rewardbench2", score_rewardbench2), ("rm_bench", score_rm_bench)):
+            if not rows[name]:
+                continue
+            scored, scores = scorer(model, self.tokenizer, rows[name], max_length=spec.max_length,
+                                    batch_tokens=spec.batch_tokens, features=wanted, progress=self.progress)
+            arrays[f"{name}.rewards"], arrays[f"{name}.lengths"] = scores.rewards, scores.lengths
+            if wanted:
+                z = scores.features
+                arrays |= {f"{name}.data": z.data, f"{name}.indices": z.indices, f"{name}.indptr": z.indptr,
+                           f"{name}.shape": np.array(z.shape)}
+        save_arrays(arrays, folder / "scores.safetensors")
+        return {"truncation": spec.max_length}
+
+    def scored(self, variant: str, seed: int) -> Scored:
+        """Scores joined to the benchmark rows: scored rows for the benchmark's scorer, units and z for analysis."""
+        arrays = load_arrays(self.scores(variant, seed).file("scores.safetensors"))
+        rows, frames, blocks, scored = self.benchmark_rows(), [], [], {}
+        for name in ("rewardbench2", "rm_bench"):
+            scored[name] = []
+            if f"{name}.rewards" not in arrays:
+                continue
+            units = benchmark_units(name, rows[name])
+            units["reward"], units["length"] = arrays[f"{name}.rewards"], arrays[f"{name}.lengths"]
+            frames.append(units)
+            scored[name] = join_scores(name, rows[name], arrays[f"{name}.rewards"])
+            if f"{name}.data" in arrays:
+                parts = tuple(arrays[f"{name}.{part}"] for part in ("data", "indices", "indptr"))
+                blocks.append(csr_array(parts, shape=tuple(arrays[f"{name}.shape"])))
+        from scipy.sparse import vstack
+        z = csr_array(vstack(blocks)) if blocks else None
+        return Scored(scored["rewardbench2"], scored["rm_bench"], pd.concat(frames, ignore_index=True), z)
+
+    # -- many at once ------------------------------------------------------------------------------------------
+
+    def plan(self, goal: str) -> list[tuple[str, tuple, list[int]]]:
+        """Jobs (method, arguments, indices of jobs it waits for) that make everything up to ``goal``."""
+        if goal not in ("sae", "reward", "scores"):
+            raise ConfigError(f"goal {goal!r} is not a stage; choose sae, reward or scores")
+        jobs: list[tuple[str, tuple, list[int]]] = [("benchmarks", (), [])]
+        data = {}
+        for seed in {self.profile.seed, *self.profile.seeds}:
+            data[seed] = len(jobs)
+            jobs.append(("preferences", (seed,), [0]))
+        variants, seeds = self.profile.variants, self.profile.seeds
+        saes = {}
+        for positions in dict.fromkeys(SAE_OF_VARIANT.get(v) for v in variants):
+            if positions is None:
+                continue
+            extracted = len(jobs)
+            jobs.append(("activations", (positions,), [data[self.profile.seed]]))
+            for seed in seeds:
+                saes[positions, seed] = len(jobs)
+                jobs.append(("sae", (positions, seed), [extracted]))
+        if goal == "sae":
+            return jobs
+        for variant, seed in itertools.product(sorted(variants, key=lambda v: v in SAE_OF_VARIANT), seeds):
+            wait_for = [data[seed]] + ([saes[SAE_OF_VARIANT[variant], seed]] if SAE_OF_VARIANT.get(variant) else [])
+            jobs.append(("reward" if goal == "reward" else "scores", (variant, seed), wait_for))
+        return jobs
+
+    def ensure(self, goal: str = "scores") -> pd.DataFrame:
+        """Make everything up to ``goal``, ``profile.workers`` processes at a time; returns seconds per stage."""
+        jobs = self.plan(goal)
+        pending, done, running = dict(enumerate(jobs)), {}, {}
+        bar = tqdm(total=len(jobs), desc=f"{self.profile.name}: up to {goal}", unit="job", disable=not self.progress)
+        pool = None
+        try:
+            while pending or running:
+                for number in [n for n, job in pending.items() if all(d in done for d in job[2])]:
+                    method, arguments, _ = pending[number]
+                    if pool is None:
+                        pool = _pool(self.profile.workers)
+                    running[pool.submit(_work, self.profile, self.store.root, method, arguments)] = number
+                    del pending[number]
+                finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    number = running.pop(future)
+                    done[number] = {"stage": jobs[number][0], "job": " ".join(map(str, jobs[number][1])),
+                                    **future.result()}
+                    bar.update()
+                    bar.set_postfix_str(f"{done[number]['stage']} {done[number]['job']}")
+        finally:
+            bar.close()
+            if pool is not None:
+                pool.shutdown(wait=False, cancel_futures=True)
+        return pd.DataFrame([done[n] for n in sorted(done)])
+
+    def _fingerprint(self, source: str, kind: str) -> Any:
+        """Content hash of the local files a source names; None for the toy world and the hub."""
+        if source == "data":
+            found = getattr(self.local, kind)
+            paths = found if isinstance(found, (list, tuple)) else [found]
+        elif source != "toy" and Path(source).exists():
+            paths = [source]
+        else:
+            return None
+        return [_hash_tree(Path(path)) for path in paths if path is not None]
+
+
+def benchmark_units(name: str, rows: list[dict]) -> pd.DataFrame:
+    """One line per response, in scoring order (chosen then rejected of each row)."""
+    lines = []
+    for number, row in enumerate(rows):
+        truth = (row.get("additional_metadata") or {}).get("concepts")
+        answers = [("chosen", i, a) for i, a in enumerate(row["chosen"])]
+        answers += [("rejected", i, a) for i, a in enumerate(row["rejected"])]
+        for slot, (label, index, text) in enumerate(answers):
+            lines.append({
+                "benchmark": name, "row": number, "slot": slot, "label": label,
+                "prompt_id": f"{name}/{number}", "response_id": f"{name}/{number}/{slot}",
+                "domain": row["subset"] if name == "rewardbench2" else row.get("domain", "all"),
+                "style": ("concise", "detailed", "markdown")[index] if name == "rm_bench" else None,
+                "text": text, "prompt_text": row["prompt"], "concepts": tuple(truth[slot]) if truth else (),
+            })
+    return pd.DataFrame(lines)
+
+
+def join_scores(name: str, rows: list[dict], rewards: np.ndarray) -> list[dict]:
+    """Benchmark rows with ``scores`` (RewardBench 2) or ``score_chosen`` and ``score_rejected`` (RM-Bench)."""
+    out, start = [], 0
+    for row in rows:
+        chosen = len(row["chosen"])
+        values = rewards[start:start + chosen + len(row["rejected"])].tolist()
+        start += len(values)
+        if name == "rewardbench2":
+            out.append({**row, "scores": values})
+        else:
+            out.append({**row, "score_chosen": values[:chosen], "score_rejected": values[chosen:]})
+    return out
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    """Spawned single-thread workers (a fork of a process that has used torch threads may hang)."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
+
+
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+def _work(profile: Profile, root: Path, method: str, arguments: tuple) -> dict:
+    start = time.perf_counter()
+    artifact = getattr(Run(profile, root=root, progress=False), method)(*arguments)
+    return {"key": artifact.key, "seconds": round(time.perf_counter() - start, 1), "made": artifact.fresh,
+            "peak_rss_mib": artifact.manifest["peak_rss_mib"]}
+
+
+def _mix(documents: Iterator, dialogues: Iterator, share: float, seed: int) -> Iterator:
+    rng = np.random.default_rng(seed)
+    for document in documents:
+        yield document
+        while rng.random() < share:
+            yield next(dialogues)
+
+
+def _source(name: str) -> str:
+    """A path as it is; anything else is a hub id, which the loaders know by its prefix."""
+    return name if Path(name).exists() or name.startswith("hub:") else f"hub:{name}"
+
+
+def _draw(items: list, count: int | None, seed: int) -> list:
+    """``count`` items drawn without replacement, in drawn order; all of them (shuffled) when there are fewer."""
+    order = np.random.default_rng(seed).permutation(len(items))
+    return [items[i] for i in order[:count]]
+
+
+def _limit(rows: list[dict], group: str, count: int | None, seed: int) -> list[dict]:
+    """At most ``count`` rows per group, drawn with a seed, in their own order."""
+    if count is None:
+        return rows
+    groups: dict[str, list[int]] = {}
+    for index, row in enumerate(rows):
+        groups.setdefault(row.get(group, "all"), []).append(index)
+    rng = np.random.default_rng(seed)
+    kept = [i for members in groups.values() for i in rng.permutation(members)[:count]]
+    return [rows[i] for i in sorted(kept)]
+
+
+def _hash_tree(path: Path) -> dict[str, str]:
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    return {p.name if path.is_file() else p.relative_to(path).as_posix(): hash_file(p) for p in files}
+
+
+def _write_jsonl(path: Path, rows: list[dict]) -> None:
+    write_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def _read_jsonl(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def _remove(folder: Path) -> None:
+    import shutil
+    shutil.rmtree(folder, ignore_errors=True)

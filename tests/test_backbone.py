@@ -1,0 +1,127 @@
+"""The cut backbone equals the full model's hidden_states[l], for several families, and refuses what it cannot do."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from sarmlib.backbone import cut_config, load_backbone, load_tokenizer, n_layers, strip_final_norm
+from sarmlib.errors import ConfigError, ModelError, OfflineError
+from tests.helpers import shared_path
+
+SMALL = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+FAMILIES = {
+    "Llama": dict(num_key_value_heads=1),
+    "Qwen2": dict(num_key_value_heads=1),
+    "Mistral": dict(num_key_value_heads=1, sliding_window=8),
+    "GPTNeoX": {},
+    "Gemma2": dict(num_key_value_heads=1, head_dim=8, sliding_window=8),
+}
+
+
+def tiny_model(family: str, seed: int = 0):
+    """Random full-depth decoder whose final norm is far from the identity."""
+    config = getattr(transformers, f"{family}Config")(**SMALL, **FAMILIES.get(family, {}))
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cut_backbone_equals_hidden_states(family, tmp_path):
+    full = tiny_model(family)
+    full.save_pretrained(tmp_path)
+    input_ids = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(input_ids)
+    mask[1, 12:] = 0
+    with torch.no_grad():
+        states = full(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    for layer in (1, 3):
+        cut = load_backbone(tmp_path, layer)
+        assert len([name for name, _ in cut.named_parameters() if ".3." in name or "layers.3" in name]) == 0
+        with torch.no_grad():
+            hidden = cut(input_ids, attention_mask=mask).last_hidden_state
+        assert torch.equal(hidden[mask.bool()], states[layer][mask.bool()])
+    last = load_backbone(tmp_path, 4)
+    raw = last(input_ids, attention_mask=mask).last_hidden_state
+    normed = load_backbone(tmp_path, 4, keep_final_norm=True)(input_ids, attention_mask=mask).last_hidden_state
+    assert torch.equal(normed[mask.bool()], states[4][mask.bool()])
+    assert (raw - normed)[mask.bool()].abs().max() > 0.1
+
+
+def test_golden_hidden_states():
+    base = shared_path("data/golden/sarm_official_tiny/base")
+    expected = json.loads((base.parent / "expected.json").read_text())["cases"]
+    cases = json.loads((base.parent / "inputs.json").read_text())["cases"]
+    backbone = load_backbone(base, 4)
+    for case in (case for case in cases if case["name"] in expected):
+        ids, mask = torch.tensor(case["input_ids"]), torch.tensor(case["attention_mask"])
+        with torch.no_grad():
+            hidden = backbone(ids, attention_mask=mask).last_hidden_state
+        for row, reference in zip(hidden, expected[case["name"]]["rows"], strict=True):
+            got = row[reference["last_index"]]
+            torch.testing.assert_close(got, torch.tensor(reference["hidden_last"]), atol=1e-5, rtol=0)
+
+
+def test_default_is_half_depth_and_real_model_with_tied_embeddings():
+    path = shared_path("data/real/models/stories260K_hf")
+    backbone, tokenizer = load_backbone(path), load_tokenizer(path)
+    assert n_layers(backbone.config) == 2  # 5 layers
+    ids = tokenizer("Once upon a time.", return_tensors="pt").input_ids
+    full = AutoModelForCausalLM.from_pretrained(path)
+    with torch.no_grad():
+        wanted = full(ids, output_hidden_states=True).hidden_states[2]
+        assert torch.equal(backbone(ids).last_hidden_state, wanted)
+
+
+def test_layers_above_are_not_needed_but_layers_below_are(tmp_path):
+    tiny_model("Llama").save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    below = {name: tensor for name, tensor in weights.items() if "layers.2" not in name and "layers.3" not in name}
+    save_file(below, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    load_backbone(tmp_path, 2)
+    with pytest.raises(ModelError, match=r"layers\.2"):
+        load_backbone(tmp_path, 3)
+
+
+def test_dtype(tmp_path):
+    tiny_model("Llama").save_pretrained(tmp_path)
+    assert load_backbone(tmp_path, 1).dtype == torch.float32
+    assert load_backbone(tmp_path, 1, dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("layer", [0, 5, -1, 2.0, True])
+def test_layer_out_of_range(layer):
+    with pytest.raises(ConfigError, match="1..4"):
+        cut_config(transformers.LlamaConfig(**SMALL), layer)
+
+
+def test_cut_config_copies_and_shortens_layer_lists():
+    config = transformers.Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8)
+    cut = cut_config(config, 3)
+    assert (n_layers(cut), len(cut.layer_types)) == (3, 3)
+    assert (n_layers(config), len(config.layer_types)) == (4, 4)
+
+
+def test_unknown_family_is_refused_by_name():
+    bert = AutoModel.from_config(transformers.BertConfig(**SMALL))
+    with pytest.raises(ModelError, match="BertModel.*'bert'"):
+        strip_final_norm(bert)
+    with pytest.raises(ModelError, match="encoder-decoder"):
+        cut_config(transformers.T5Config())
+
+
+def test_missing_folder_and_offline_hub(tmp_path, monkeypatch):
+    with pytest.raises(ModelError, match="does not exist"):
+        load_backbone(tmp_path / "nothing")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_backbone(tmp_path)
+    monkeypatch.setattr("sarmlib.backbone._hub_reachable", lambda: False)
+    with pytest.raises(OfflineError, match="some-owner/some-model"):
+        load_backbone("some-owner/some-model")

@@ -1,0 +1,213 @@
+"""Extraction gives exactly the states of one-document-at-a-time forward passes, at exactly the chosen tokens."""
+
+import warnings
+
+import pytest
+import torch
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, PreTrainedTokenizerFast
+
+from sarmlib.backbone import load_backbone, load_tokenizer, strip_final_norm
+from sarmlib.errors import ConfigError, DataError
+from sarmlib.extractor import ActivationExtractor, position_rule
+from tests.helpers import shared_path
+
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", ".", "!", "?", "…", '."', ".)", ".\n\n", ";", ":", ",", ".com",
+         "!=", "3.14", "?!", "Ġ.", "Ġ;", "。", '"', ")", "a."]
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+
+
+def tiny_backbone(family="Llama", context=64, **extra):
+    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    sizes |= dict(max_position_embeddings=context, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(0)
+    model = AutoModel.from_config(getattr(transformers, f"{family}Config")(**sizes, **extra)).eval()
+    strip_final_norm(model)
+    return model
+
+
+def documents(count=60, low=1, high=40, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
+    return [torch.randint(3, len(WORDS), (length,), generator=generator).tolist() for length in lengths]
+
+
+def one_by_one(backbone, rule, docs):
+    """Reference: every document alone."""
+    parts = []
+    for ids in docs:
+        input_ids = torch.tensor([ids])
+        with torch.no_grad():
+            states = backbone(input_ids).last_hidden_state[0]
+        parts.append(states[rule(input_ids, torch.ones_like(input_ids))[0]])
+    return torch.cat(parts)
+
+
+def as_set(states):
+    return torch.stack(sorted(states.double(), key=lambda row: row.tolist()))
+
+
+@pytest.mark.parametrize(
+    "family, extra, packed",
+    [("Llama", {}, True), ("Qwen2", dict(num_key_value_heads=1), True),
+     ("Mistral", dict(num_key_value_heads=1, sliding_window=8), True), ("GPTNeoX", {}, True),
+     ("Gemma2", dict(head_dim=8, sliding_window=8, num_key_value_heads=1), True), ("Bloom", {}, False)],
+)
+@pytest.mark.parametrize("rule", ["sentence_end", "last", "every"])
+def test_equals_one_document_at_a_time(family, extra, packed, rule):
+    tokenizer, docs = word_tokenizer(), documents()
+    backbone = tiny_backbone(family, **extra)
+    extractor = ActivationExtractor(backbone, tokenizer, rule, window=48, batch_size=3)
+    assert extractor.packed is packed
+    got = extractor.collect(docs)
+    wanted = one_by_one(backbone, position_rule(tokenizer, rule), docs)
+    torch.testing.assert_close(as_set(got), as_set(wanted), atol=2e-6, rtol=0)
+    stats = extractor.stats.summary()
+    assert (stats["documents"], stats["vectors"]) == (60, len(wanted))
+    assert stats["tokens"] == sum(map(len, docs))
+    assert stats["padding_share"] < 0.25 and stats["seconds"] > 0 and stats["tokens_per_second"] > 0
+    assert stats["used_share"] == pytest.approx(len(wanted) / (stats["tokens"] + stats["padding"]))
+
+
+def test_packing_leaves_little_padding_and_respects_the_budget():
+    extractor = ActivationExtractor(tiny_backbone(context=256), word_tokenizer(), "every", window=256, batch_size=2)
+    shapes = []
+    extractor.backbone.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(kwargs["input_ids"].shape), with_kwargs=True
+    )
+    extractor.collect(documents(600, 5, 60))
+    assert all(rows * length <= 512 for rows, length in shapes)
+    assert extractor.stats.summary()["padding_share"] < 0.03
+
+
+def test_long_documents_are_cut_into_windows_that_start_with_bos():
+    seen = []
+
+    def rule(input_ids, mask):
+        seen.append(input_ids.shape[1])
+        return mask.bool()
+
+    tokenizer, backbone = word_tokenizer(), tiny_backbone()
+    long = [1] + documents(1, 50, 50)[0]
+    got = ActivationExtractor(backbone, tokenizer, rule, window=16).collect([long])
+    assert seen == [51] and len(got) == 51  # the rule saw all of it; the repeated BOS gives no state
+    pieces = [long[:16], [1] + long[16:31], [1] + long[31:46], [1] + long[46:]]
+    with torch.no_grad():
+        parts = [backbone(torch.tensor([piece])).last_hidden_state[0, n > 0 :] for n, piece in enumerate(pieces)]
+    torch.testing.assert_close(as_set(got), as_set(torch.cat(parts)), atol=2e-6, rtol=0)
+    assert len(ActivationExtractor(backbone, tokenizer, "last", window=16).collect([long])) == 1
+
+
+def test_max_vectors_is_exact_and_streams_lazily():
+    pulled = 0
+
+    def stream():
+        nonlocal pulled
+        for document in documents(5000, 10, 20):
+            pulled += 1
+            yield document
+
+    extractor = ActivationExtractor(tiny_backbone(), word_tokenizer(), "every", window=32, batch_size=2)
+    parts = list(extractor.iter_activations(stream(), 301))
+    assert sum(map(len, parts)) == 301 and extractor.stats.vectors == 301
+    assert pulled < 500
+    assert extractor.collect(documents(20, 9, 9), 100).shape == (100, 16)
+    with pytest.warns(UserWarning, match="asked for 1000 states, the corpus gave 180"):
+        extractor.collect(documents(20, 9, 9), 1000)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        extractor.collect(documents(20, 9, 9))
+
+
+def test_extraction_is_deterministic():
+    def run():
+        return ActivationExtractor(tiny_backbone(), word_tokenizer(), "every").collect(documents())
+
+    assert torch.equal(run(), run())
+
+
+def test_texts_and_token_ids_mix_and_empty_ones_are_skipped():
+    extractor = ActivationExtractor(tiny_backbone(), word_tokenizer(), "every")
+    ids = [4, 5, 7]
+    mixed = extractor.collect(["a b .", "", ids, []])
+    assert len(mixed) == 6
+    torch.testing.assert_close(as_set(mixed)[::2], as_set(mixed)[1::2], atol=2e-6, rtol=0)
+
+
+def chosen_words(rule):
+    ids = torch.arange(len(WORDS))[None]
+    mask = torch.ones_like(ids)
+    return {WORDS[i] for i in ids[rule(ids, mask)].tolist()}
+
+
+def test_sentence_end_rule():
+    words = chosen_words(position_rule(word_tokenizer()))
+    assert words == {"</s>", ".", "!", "?", "…", '."', ".)", ".\n\n", "?!", "Ġ.", "。", "a."}
+
+
+def test_official_rule_is_nine_literal_tokens():
+    words = chosen_words(position_rule(word_tokenizer(), "official"))
+    assert words == {"</s>", ".", "!", "?", ";", "Ġ.", "Ġ;"}  # of the nine, what this vocabulary has
+
+
+def test_rules_respect_the_mask():
+    ids = torch.tensor([[7, 4, 7, 7], [7, 7, 4, 5]])
+    mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
+    tokenizer = word_tokenizer()
+    wanted = {
+        "sentence_end": [[0, 0, 1, 0], [1, 1, 0, 0]],
+        "every": [[0, 1, 1, 0], [1, 1, 1, 1]],
+        "last": [[0, 0, 1, 0], [0, 0, 0, 1]],
+    }
+    for name, rows in wanted.items():
+        assert torch.equal(position_rule(tokenizer, name)(ids, mask), torch.tensor(rows).bool()), name
+
+
+def test_opening_token_is_no_end_when_bos_equals_eos():
+    tokenizer = word_tokenizer()
+    tokenizer.bos_token = "</s>"
+    ids = torch.tensor([[2, 4, 7, 2]])
+    assert position_rule(tokenizer)(ids, torch.ones_like(ids)).tolist() == [[False, False, True, True]]
+
+
+def test_real_tokenizer_merged_sentence_ends():
+    path = shared_path("data/real/models/stories260K_hf")
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer("Tom ran. “Stop!” said Mum.\n", return_tensors="pt").input_ids
+    chosen = position_rule(tokenizer)(ids, torch.ones_like(ids))[0]
+    ends = [tokenizer.decode([i]).strip()[0] for i in ids[0][chosen].tolist()]
+    assert ends == [".", "!", "."]
+    backbone = load_backbone(path)
+    extractor = ActivationExtractor(backbone, tokenizer)
+    assert extractor.collect(["One day. Two days.", "A cat sat."]).shape == (3, 64)
+    assert extractor.packed and extractor.window == 512
+
+
+def test_bad_input_is_refused():
+    tokenizer, backbone = word_tokenizer(), tiny_backbone()
+    with pytest.raises(ConfigError, match="sentence_end, official, every, last"):
+        position_rule(tokenizer, "sentences")
+    with pytest.raises(ConfigError, match="context of 64"):
+        ActivationExtractor(backbone, tokenizer, window=65)
+    for bad in (dict(window=1), dict(batch_size=0)):
+        with pytest.raises(ConfigError):
+            ActivationExtractor(backbone, tokenizer, **bad)
+    extractor = ActivationExtractor(backbone, tokenizer)
+    with pytest.raises(ConfigError, match="one string"):
+        extractor.collect("a b .")
+    for empty in ([], ["", []]):
+        with pytest.raises(DataError, match="no text"):
+            extractor.collect(empty)
+    with pytest.raises(DataError, match="selected none"):
+        extractor.collect(["a b c"])
+    with torch.no_grad():
+        backbone.get_input_embeddings().weight[4] = float("nan")
+    with pytest.raises(DataError, match="NaN"):
+        extractor.collect(["a ."])

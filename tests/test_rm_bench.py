@@ -1,0 +1,131 @@
+"""RM-Bench: golden cases of the official code, strictness, pooling, invariances, refusals."""
+
+import copy
+import json
+
+import numpy as np
+import pytest
+
+from sarmlib.errors import DataError
+from sarmlib.evaluation import rm_bench
+from tests.helpers import shared_path
+from tests.test_rewardbench2 import assert_close
+
+
+def sample(domain, chosen, rejected, id=0):
+    return {"id": id, "score_chosen": list(chosen), "score_rejected": list(rejected)} | (
+        {"domain": domain} if domain else {})
+
+
+def random_samples(rng, n=10):
+    names = ("chat", "math", "code", "safety-refuse", "safety-response")
+    return [sample(d, rng.integers(-2, 4, 3) / 2, rng.integers(-3, 3, 3) / 2, i) for d in names for i in range(n)]
+
+
+def test_golden_cases():
+    cases = json.loads(shared_path("data/golden/rm_bench_cases.json").read_text())["cases"]
+    assert cases
+    for case in cases:
+        samples = [{k: [float(v) for v in s[k]] if k.startswith("score") else s[k] for k in s} for s in case["samples"]]
+        before = copy.deepcopy(samples)
+        if "official_error" in case["expected"]:
+            with pytest.raises(DataError):
+                rm_bench.score(samples)
+            continue
+        try:
+            result = rm_bench.score(samples)
+        except DataError:
+            assert case["quirk"], f"{case['name']} refused"
+            continue
+        assert_close(result, case["expected"]["official_output"], case["name"])
+        cells = {name: m.tolist() for name, m in rm_bench.matrices(samples).items()}
+        assert_close(cells, case["expected"]["matrix"], case["name"])
+        assert_close(rm_bench.score_present(samples)["per_domain"], case["expected"]["per_domain"], case["name"])
+        assert json.dumps(samples) == json.dumps(before), "the input was changed"
+        assert rm_bench.score(samples) == result, "a second call differs"
+
+
+def test_matrix_orientation_and_strictness():
+    # chosen: concise 1, plain 2, markdown 2; rejected: 0, 1, 2
+    m = rm_bench.matrices([sample("chat", [1, 2, 2], [0, 1, 2])])["chat"]
+    assert m.tolist() == [[1, 0, 0], [1, 1, 0], [1, 1, 0]]
+    only = rm_bench.score([sample(None, [1, 2, 2], [0, 1, 2])])
+    assert only == pytest.approx({"hard_acc": 0.0, "normal_acc": 2 / 3, "easy_acc": 1.0})
+
+
+def test_constant_model_scores_zero():
+    samples = [sample(d, [1, 1, 1], [1, 1, 1]) for d in rm_bench.DOMAINS]
+    assert set(rm_bench.score(samples).values()) == {0.0}
+
+
+def test_safety_pools_rows_of_both_kinds():
+    others = [sample(d, [1] * 3, [0] * 3) for d in ("chat", "math", "code")]
+    safety = [sample("safety-refuse", [1] * 3, [0] * 3)] * 3 + [sample("safety-response", [0] * 3, [1] * 3)]
+    assert rm_bench.score(others + safety)["safety"] == 0.75
+
+
+def test_missing_domain_is_reported_never_averaged_away():
+    samples = [s for s in random_samples(np.random.default_rng(0)) if s["domain"] != "math"]
+    with pytest.raises(DataError, match="math"):
+        rm_bench.score(samples)
+    part = rm_bench.score_present(samples)
+    assert part["missing"] == ["math"] and part["math"] is None
+    assert part["total_avg_acc"] is part["hard_acc"] is part["normal_acc"] is part["easy_acc"] is None
+    assert part["safety"] == pytest.approx(np.mean(list(part["per_domain"]["safety"].values())))
+    assert part["n_rows"] == {"chat": 10, "code": 10, "safety": 20}
+
+
+def test_score_present_agrees_with_score_when_complete():
+    samples = random_samples(np.random.default_rng(1))
+    full = rm_bench.score(samples)
+    assert {k: rm_bench.score_present(samples)[k] for k in full} == full
+
+
+def test_unknown_domain_is_named():
+    samples = [*random_samples(np.random.default_rng(2)), sample("poetry", [0] * 3, [1] * 3)]
+    with pytest.warns(UserWarning, match="poetry"):
+        assert rm_bench.score(samples) == rm_bench.score(samples[:-1])
+    assert rm_bench.score_present(samples)["unknown"] == {"poetry": 1}
+
+
+def test_invariances():
+    rng = np.random.default_rng(3)
+    samples = random_samples(rng)
+    base = rm_bench.score(samples)
+    changed = [{**s, **{k: [float(np.exp(v) * 5 - i) for v in s[k]] for k in ("score_chosen", "score_rejected")}}
+               for i, s in enumerate(samples)]  # any increasing map, different per sample
+    assert rm_bench.score(changed) == base
+    assert rm_bench.score([samples[i] for i in rng.permutation(len(samples))]) == pytest.approx(base, abs=1e-12)
+    distinct = [sample(s["domain"], rng.normal(size=3), rng.normal(size=3)) for s in samples]
+    swapped = [{**s, "score_chosen": s["score_rejected"], "score_rejected": s["score_chosen"]} for s in distinct]
+    total, flipped = rm_bench.score(distinct), rm_bench.score(swapped)
+    assert total["total_avg_acc"] + flipped["total_avg_acc"] == pytest.approx(1)
+    assert total["hard_acc"] + flipped["easy_acc"] == pytest.approx(1)  # the matrix is transposed as well
+
+
+def test_total_is_the_mean_of_domains_and_of_levels():
+    result = rm_bench.score(random_samples(np.random.default_rng(4)))
+    assert result["total_avg_acc"] == pytest.approx(np.mean([result[d] for d in rm_bench.DOMAINS]))
+    assert result["total_avg_acc"] == pytest.approx(np.mean([result[k] for k in rm_bench.LEVELS]))
+
+
+def test_units_average_to_the_domain_scores():
+    samples = random_samples(np.random.default_rng(5))
+    units, result = rm_bench.units(samples), rm_bench.score(samples)
+    for name in rm_bench.DOMAINS:
+        assert np.mean([v for d, _, v in units if d == name]) == pytest.approx(result[name])
+    assert len({unit for _, unit, _ in units}) == len(samples)
+
+
+@pytest.mark.parametrize(("bad", "message"), [
+    ([], "no samples"),
+    ([sample("chat", [1, 2], [0, 0, 0])], "three numbers"),
+    ([sample("chat", [1, 2, float("nan")], [0, 0, 0])], "three numbers"),
+    ([sample("chat", ["a", "b", "c"], [0, 0, 0])], "three numbers"),
+    ([{"id": 1, "domain": "chat", "score_chosen": [1, 2, 3]}], "score_rejected"),
+    ([sample("chat", [1] * 3, [0] * 3), sample(None, [1] * 3, [0] * 3)], "sample 1"),
+    ([sample("poetry", [1] * 3, [0] * 3)], "known domain"),
+    ([sample("chat", [1] * 3, [0] * 3) | {"domain": 3}], "domain must be a string")])
+def test_unusable_samples_are_refused(bad, message):
+    with pytest.raises(DataError, match=message):
+        rm_bench.score_present(bad)

@@ -1,0 +1,69 @@
+"""Tiny random models, tokenizers and pairs for tests; everything is built in memory and deterministic."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
+
+from sarmlib.backbone import strip_final_norm
+from sarmlib.sae.model import TopKSAE
+from sarmlib.sarm.model import SarmForSequenceClassification
+
+SPECIALS = ["<pad>", "<unk>", "<bos>", "<user>", "<assistant>", "<eot>"]
+TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}<eot>{% endfor %}"
+N_WORDS = 100
+VOCAB = len(SPECIALS) + N_WORDS
+
+
+def tiny_tokenizer(template: str | None = TEMPLATE, **kwargs) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over w0 .. w99 and the specials (ids 0-5)."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *(f"w{i}" for i in range(N_WORDS))])}
+    core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eot>", **kwargs}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=["<user>", "<assistant>", "<eot>"],
+                                        **names)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def tiny_config(layers: int = 3, width: int = 32, **kwargs) -> LlamaConfig:
+    return LlamaConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+                       vocab_size=VOCAB, max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=5,
+                       **kwargs)
+
+
+def tiny_backbone(config=None, seed: int = 0):
+    """A random decoder with its final norm removed."""
+    torch.manual_seed(seed)
+    model = AutoModel.from_config(config or tiny_config()).eval()
+    strip_final_norm(model)
+    return model
+
+
+def tiny_sarm(config=None, n_features: int = 64, k: int = 4, *, head: float = 1.0, seed: int = 0, topk: bool = True,
+              **sae_kwargs) -> SarmForSequenceClassification:
+    """A random SARM; `head` is the scale of the random head weights."""
+    backbone, generator = tiny_backbone(config, seed), torch.Generator().manual_seed(seed)
+    sae = TopKSAE(backbone.config.hidden_size, n_features, k, generator=generator, **sae_kwargs)
+    model = SarmForSequenceClassification.from_backbone_and_sae(backbone, sae, topk=topk)
+    model.score.weight.data.normal_(0, head, generator=generator)
+    return model
+
+
+def words(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(f"w{rng.randrange(3, N_WORDS)}" for _ in range(rng.randint(low, high)))
+
+
+def tiny_pairs(n: int, seed: int = 0) -> list[dict]:
+    """Pairs of different lengths; a chosen answer ends in w1, a rejected one in w2."""
+    rng = random.Random(seed)
+    return [{"id": str(i), "prompt": [{"role": "user", "content": words(rng, 2, 8)}],
+             "chosen": words(rng, 1, 9) + " w1", "rejected": words(rng, 1, 9) + " w2", "meta": {}} for i in range(n)]
+
+
+def conversation(user: str, assistant: str) -> list[dict]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
