@@ -28,7 +28,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sarmlib.errors import ArtifactError
+from sarmlib.errors import ArtifactError, NotMadeError
 
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
@@ -165,11 +165,13 @@ class Artifact:
 class Store:
     """Artifacts below one root folder; safe for several processes on one machine at once.
 
-    ``lock_timeout``: seconds to wait for another process that is making the same artifact.
+    ``lock_timeout``: seconds to wait for another process that is making the same artifact.  ``read_only``: raise
+    NotMadeError instead of making anything.
     """
 
-    def __init__(self, root: str | Path, lock_timeout: float = 4 * 3600):
+    def __init__(self, root: str | Path, lock_timeout: float = 4 * 3600, read_only: bool = False):
         self.root = Path(root).resolve()
+        self.read_only = read_only
         self.lock_timeout = lock_timeout
 
     def key(self, stage: str, settings: Any, inputs: Mapping[str, str] = {}, code: Iterable[str] = ()) -> str:
@@ -189,6 +191,8 @@ class Store:
         final = self.root / stage / key
         if not force and (found := self._read(final)):
             return found
+        if self.read_only:
+            raise NotMadeError(f"{stage}/{key} has not been made under {self.root}")
         final.parent.mkdir(parents=True, exist_ok=True)
         lock = FileLock(final.with_name(f".{key}.lock"))
         owner = final.with_name(f".{key}.owner")

@@ -143,6 +143,20 @@ class Claims:
                     band=band and [_plain(band.lo), _plain(band.hi)])
         return ok
 
+    def control(self, id: str, value: float, broken: str) -> bool:
+        """Show that a claim can fail: ``value``, measured on a deliberately broken version, must leave the band.
+
+        Prints ``[can fail] C9 broken`` or ``[FAIL] ...``; ``broken`` says what was broken.  Call it after ``check``.
+        """
+        if id not in self.results:
+            raise ClaimError(f"control of claim {id!r} before its check")
+        band = self.claims[id].band.get(self.profile)
+        ok = band is None or float(value) not in band
+        print(f"{'[can fail]' if ok else '[FAIL]'} {id} {broken}" + ("" if ok else ": stays inside the band"))
+        self.results[id] |= {"control": _plain(float(value)), "broken": broken, "ok": self.results[id]["ok"] and ok}
+        self._write()
+        return ok
+
     def skip(self, id: str, reason: str) -> None:
         """Say that this profile's data cannot measure a claim; fails where the profile has a band for it."""
         claim = self._claim(id)

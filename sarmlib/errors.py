@@ -21,6 +21,10 @@ class ArtifactError(SarmlibError):
     """A stored artifact is damaged, locked or incomplete."""
 
 
+class NotMadeError(ArtifactError):
+    """A read-only store was asked for an artifact that has not been made yet."""
+
+
 class OfflineError(SarmlibError):
     """A hub resource is needed and cannot be reached; the message names the offline alternative."""
 

@@ -1,6 +1,6 @@
 """Stages: a profile in, artifacts out.  Notebooks and the command line call nothing else to train or score.
 
-    backbone -> activations -> sae -> reward -> scores          (activations and SAEs per position rule)
+    backbone -> activations -> sae -> reward -> scores -> labels     (activations and SAEs per position rule)
     preferences --------------------^             ^
     benchmarks -----------------------------------+
 
@@ -15,35 +15,40 @@ import itertools
 import json
 import multiprocessing
 import os
+import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from safetensors import safe_open
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
 from .artifacts import Artifact, Store, default_root, hash_file, hash_json, write_atomic
-from .errors import ConfigError
+from .errors import ConfigError, DataError, NotMadeError
 from .profiles import Profile, load_profile
 
 HELD_OUT = 4096
 """Activation vectors kept from the end of the corpus to evaluate an SAE on."""
 SAE_OF_VARIANT = {"sarm": "sentence_end", "token_sae": "every", "random_encoder": None}
-CODE = {
-    "preferences": ("sarmlib.data",),
-    "benchmarks": ("sarmlib.data",),
-    "activations": ("sarmlib.extractor", "sarmlib.backbone", "sarmlib.chat", "sarmlib.data.corpora"),
+TOY = ("sarmlib.data.toyworld.lexicon", "sarmlib.data.toyworld.grammar", "sarmlib.data.toyworld.datasets")
+CODE = {  # modules whose source decides a stage's result
+    "preferences": ("sarmlib.data.preferences", "sarmlib.data.files", "sarmlib.data.local", *TOY),
+    "benchmarks": ("sarmlib.data.benchmarks", "sarmlib.data.files", "sarmlib.data.local", *TOY),
+    "activations": ("sarmlib.extractor", "sarmlib.backbone", "sarmlib.chat", "sarmlib.data.corpora", *TOY),
     "sae": ("sarmlib.sae",),
     "reward": ("sarmlib.sarm.model", "sarmlib.sarm.training", "sarmlib.backbone", "sarmlib.chat", "sarmlib.sae.model"),
     "scores": ("sarmlib.evaluation.scoring", "sarmlib.sarm.model", "sarmlib.chat"),
+    "labels": ("sarmlib.interpretation",),
 }
 
 
@@ -69,11 +74,9 @@ class Run:
     """A profile bound to a store.  ``data`` is the user's folder for profiles whose sources are ``data``."""
 
     def __init__(self, profile: Profile | str = "toy", *, data: str | None = None, root: Path | str | None = None,
-                 progress: bool = True):
-        self.profile = load_profile(profile) if isinstance(profile, str) else profile
-        if data:
-            self.profile = replace(self.profile, data=str(Path(data).expanduser().resolve()))
-        self.store = Store(root or default_root(self.profile.name))
+                 progress: bool = True, read_only: bool = False):
+        self.profile = load_profile(profile, data=data) if isinstance(profile, str) else profile
+        self.store = Store(root or default_root(self.profile.name), read_only=read_only)
         self.progress = progress
 
     # -- inputs ------------------------------------------------------------------------------------------------
@@ -136,7 +139,7 @@ class Run:
         return hash_json({p.name: hash_file(p) for p in files})[:16]
 
     def texts(self, seed: int = 0) -> Iterator[str | list[int]]:
-        """The SAE's corpus: documents, and among them (``corpus.dialogue_share``) conversations from the training pairs."""
+        """The SAE's corpus: documents, and among them (``corpus.dialogue_share``) conversations of training pairs."""
         spec = self.profile.corpus
         if spec.source == "toy":
             from .data.toyworld.datasets import corpus
@@ -234,9 +237,8 @@ class Run:
         inputs = {"backbone": self.backbone_key}
         if getattr(corpus, "dialogue_share", 0):
             inputs["preferences"] = self.preferences(self.profile.seed).key
-        code = CODE["activations"] + (("sarmlib.data.toyworld",) if corpus.source == "toy" else ())
         return self.store.get_or_make("activations", settings, inputs, lambda f: self._make_activations(f, positions),
-                                      code)
+                                      CODE["activations"])
 
     def _make_activations(self, folder: Path, positions: str) -> dict:
         from .backbone import load_backbone
@@ -248,6 +250,8 @@ class Run:
                                         batch_size=corpus.batch_size, device=self.device)
         wanted = self.profile.sae.vectors + HELD_OUT
         x = extractor.collect(self.texts(self.profile.seed), wanted, progress=self.progress).float().numpy()
+        if len(x) < 100:
+            raise DataError(f"the corpus gave {len(x)} vectors at {positions!r} positions; 100 or more are needed")
         kept = min(HELD_OUT, len(x) // 10)
         save_arrays({"train": x[:-kept], "held_out": x[-kept:]}, folder / "activations.safetensors")
         return {**extractor.stats.summary(), "vectors": len(x) - kept, "held_out": kept}
@@ -290,8 +294,8 @@ class Run:
         positions = SAE_OF_VARIANT.get(variant)
         if positions:
             inputs["sae"] = self.sae(positions, seed).key
-        settings = {"variant": variant, "seed": seed, "reward": asdict(self.profile.reward), "dtype": self.profile.dtype,
-                    "max_length": self.profile.preferences.max_length, **self.shape}
+        settings = {"variant": variant, "seed": seed, "reward": asdict(self.profile.reward), **self.shape,
+                    "dtype": self.profile.dtype, "max_length": self.profile.preferences.max_length}
         return self.store.get_or_make("reward", settings, inputs, lambda f: self._make_reward(f, variant, seed),
                                       CODE["reward"])
 
@@ -379,22 +383,52 @@ class Run:
         z = csr_array(vstack(blocks)) if blocks else None
         return Scored(scored["rewardbench2"], scored["rm_bench"], pd.concat(frames, ignore_index=True), z)
 
+    def head(self, variant: str, seed: int) -> np.ndarray:
+        """w [M] float64: the linear head of a trained variant."""
+        with safe_open(self.reward(variant, seed).file("model/model.safetensors"), "numpy") as weights:
+            return weights.get_tensor("score.weight")[0].astype(np.float64)
+
+    def contexts(self, seed: int, variant: str = "sarm"):
+        """RM-Bench responses and their features at the reward position, split by prompt (all claims about RQ1)."""
+        from .interpretation.contexts import Contexts
+        units, z = self.scored(variant, seed).part("rm_bench")
+        return Contexts(z, units, w=self.head(variant, seed), seed=self.profile.seed)
+
+    def labels(self, seed: int) -> Artifact:
+        """Keyword labels of the features that move the reward most, and how they do on held-out prompts."""
+        settings = {"seed": seed, **asdict(self.profile.interpretation), "bootstrap": self.profile.steering.bootstrap}
+        return self.store.get_or_make("labels", settings, {"scores": self.scores("sarm", seed).key},
+                                      lambda folder: self._make_labels(folder, seed), CODE["labels"])
+
+    def _make_labels(self, folder: Path, seed: int) -> dict:
+        from .interpretation.explainers import KeywordExplainer
+        from .interpretation.judges import KeywordJudge, judge_labels
+        spec, contexts = self.profile.interpretation, self.contexts(seed)
+        features = label_candidates(contexts.features(), spec.features)
+        explainer = KeywordExplainer(contexts, permutations=spec.permutations, top=spec.top_keywords, seed=seed)
+        labels = explainer.explain_all(features.feature)
+        judged = judge_labels(contexts, labels, KeywordJudge(explainer.vocabulary), q=spec.fdr,
+                              n_boot=self.profile.steering.bootstrap, seed=seed)
+        table = features.merge(judged, on="feature", how="left")
+        write_atomic(folder / "labels.json", table.to_json(orient="records"))
+        return {"labelled": len(labels), "reliable": int(judged.reliable.sum())}
+
+    def label_table(self, seed: int) -> pd.DataFrame:
+        """One row per labelled feature: its statistics (``Contexts.features``) and its label's (``judge_labels``)."""
+        return pd.DataFrame(self.labels(seed).json("labels.json"))
+
     # -- many at once ------------------------------------------------------------------------------------------
 
     def plan(self, goal: str) -> list[tuple[str, tuple, list[int]]]:
         """Jobs (method, arguments, indices of jobs it waits for) that make everything up to ``goal``."""
-        if goal not in ("sae", "reward", "scores"):
-            raise ConfigError(f"goal {goal!r} is not a stage; choose sae, reward or scores")
+        if goal not in ("sae", "scores", "labels"):
+            raise ConfigError(f"goal {goal!r} is not a stage; choose sae, scores or labels")
         jobs: list[tuple[str, tuple, list[int]]] = [("benchmarks", (), [])]
-        data = {}
-        for seed in {self.profile.seed, *self.profile.seeds}:
+        variants, seeds, data, saes = self.profile.variants, self.profile.seeds, {}, {}
+        for seed in dict.fromkeys((self.profile.seed, *seeds)):
             data[seed] = len(jobs)
             jobs.append(("preferences", (seed,), [0]))
-        variants, seeds = self.profile.variants, self.profile.seeds
-        saes = {}
-        for positions in dict.fromkeys(SAE_OF_VARIANT.get(v) for v in variants):
-            if positions is None:
-                continue
+        for positions in dict.fromkeys(SAE_OF_VARIANT[v] for v in variants if SAE_OF_VARIANT.get(v)):
             extracted = len(jobs)
             jobs.append(("activations", (positions,), [data[self.profile.seed]]))
             for seed in seeds:
@@ -404,35 +438,45 @@ class Run:
             return jobs
         for variant, seed in itertools.product(sorted(variants, key=lambda v: v in SAE_OF_VARIANT), seeds):
             wait_for = [data[seed]] + ([saes[SAE_OF_VARIANT[variant], seed]] if SAE_OF_VARIANT.get(variant) else [])
-            jobs.append(("reward" if goal == "reward" else "scores", (variant, seed), wait_for))
+            jobs.append(("scores", (variant, seed), wait_for))
+        if goal == "labels":
+            if "sarm" not in variants:
+                raise ConfigError(f"labels are of the features of variant 'sarm', which variants = {variants!r} lacks")
+            scored = {job[1]: number for number, job in enumerate(jobs) if job[0] == "scores"}
+            jobs += [("labels", (seed,), [scored["sarm", seed]]) for seed in seeds]
         return jobs
 
     def ensure(self, goal: str = "scores") -> pd.DataFrame:
-        """Make everything up to ``goal``, ``profile.workers`` processes at a time; returns seconds per stage."""
+        """Make everything up to ``goal``, ``profile.workers`` processes at a time; one row per job, with seconds."""
         jobs = self.plan(goal)
-        pending, done, running = dict(enumerate(jobs)), {}, {}
-        bar = tqdm(total=len(jobs), desc=f"{self.profile.name}: up to {goal}", unit="job", disable=not self.progress)
-        pool = None
-        try:
+        cached, done = Run(self.profile, root=self.store.root, progress=False, read_only=True), {}
+        for number, (method, arguments, _) in enumerate(jobs):
+            try:
+                done[number] = _report(getattr(cached, method)(*arguments), 0.0)
+            except NotMadeError:
+                pass
+        pending, running = {n: job for n, job in enumerate(jobs) if n not in done}, {}
+        with tqdm(total=len(jobs), initial=len(done), desc=f"{self.profile.name} profile, up to {goal}", unit="job",
+                  disable=not self.progress) as bar, _pool(self.profile.workers) as pool:
             while pending or running:
                 for number in [n for n, job in pending.items() if all(d in done for d in job[2])]:
-                    method, arguments, _ = pending[number]
-                    if pool is None:
-                        pool = _pool(self.profile.workers)
+                    method, arguments, _ = pending.pop(number)
                     running[pool.submit(_work, self.profile, self.store.root, method, arguments)] = number
-                    del pending[number]
-                finished, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in finished:
+                for future in wait(running, return_when=FIRST_COMPLETED)[0]:
                     number = running.pop(future)
-                    done[number] = {"stage": jobs[number][0], "job": " ".join(map(str, jobs[number][1])),
-                                    **future.result()}
+                    done[number] = future.result()
                     bar.update()
-                    bar.set_postfix_str(f"{done[number]['stage']} {done[number]['job']}")
-        finally:
-            bar.close()
-            if pool is not None:
-                pool.shutdown(wait=False, cancel_futures=True)
-        return pd.DataFrame([done[n] for n in sorted(done)])
+                    bar.set_postfix_str(" ".join(map(str, (jobs[number][0], *jobs[number][1]))))
+        names = [{"stage": method, "job": " ".join(map(str, arguments))} for method, arguments, _ in jobs]
+        return pd.DataFrame([{**name, **done[n]} for n, name in enumerate(names)])
+
+    def stage_times(self) -> pd.DataFrame:
+        """Seconds of work and peak memory per stage, over all artifacts of this store, as their manifests say."""
+        manifests = [json.loads((p / "manifest.json").read_text()) for p in self.store.artifacts()]
+        frame = pd.DataFrame([{"stage": m["stage"], "seconds": m["wall_s"], "peak_mib": m["peak_rss_mib"]}
+                              for m in manifests])
+        grouped = frame.groupby("stage", sort=False)
+        return grouped.agg(artifacts=("seconds", "size"), seconds=("seconds", "sum"), peak_mib=("peak_mib", "max"))
 
     def _fingerprint(self, source: str, kind: str) -> Any:
         """Content hash of the local files a source names; None for the toy world and the hub."""
@@ -478,21 +522,38 @@ def join_scores(name: str, rows: list[dict], rewards: np.ndarray) -> list[dict]:
     return out
 
 
+def label_candidates(features: pd.DataFrame, count: int) -> pd.DataFrame:
+    """Up to ``count`` features that can be tested (neither dead, rare nor dense): half of them those with w > 0, half
+    with w < 0, in each the largest standard deviation of w_i z_i (|w| alone sits at the optimiser's step bound)."""
+    usual = features[features.kind == "usual"].sort_values("contribution_sd", ascending=False, kind="stable")
+    return pd.concat([usual[usual.w > 0].head(count // 2), usual[usual.w < 0].head(count // 2)], ignore_index=True)
+
+
 def _pool(workers: int) -> ProcessPoolExecutor:
     """Spawned single-thread workers (a fork of a process that has used torch threads may hang)."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
 
 
-def _one_thread() -> None:
+def _start_worker() -> None:
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A killed parent cannot end its workers; they would go on, unseen, and hold their locks."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _work(profile: Profile, root: Path, method: str, arguments: tuple) -> dict:
     start = time.perf_counter()
     artifact = getattr(Run(profile, root=root, progress=False), method)(*arguments)
-    return {"key": artifact.key, "seconds": round(time.perf_counter() - start, 1), "made": artifact.fresh,
-            "peak_rss_mib": artifact.manifest["peak_rss_mib"]}
+    return _report(artifact, time.perf_counter() - start)
+
+
+def _report(artifact: Artifact, seconds: float) -> dict:
+    return {"key": artifact.key, "seconds": round(seconds, 1), "made": artifact.fresh}
 
 
 def _mix(documents: Iterator, dialogues: Iterator, share: float, seed: int) -> Iterator:
@@ -515,14 +576,21 @@ def _draw(items: list, count: int | None, seed: int) -> list:
 
 
 def _limit(rows: list[dict], group: str, count: int | None, seed: int) -> list[dict]:
-    """At most ``count`` rows per group, drawn with a seed, in their own order."""
+    """At most ``count`` rows per group, drawn with a seed, in their own order; Ties couples stay whole."""
     if count is None:
         return rows
     groups: dict[str, list[int]] = {}
     for index, row in enumerate(rows):
         groups.setdefault(row.get(group, "all"), []).append(index)
     rng = np.random.default_rng(seed)
-    kept = [i for members in groups.values() for i in rng.permutation(members)[:count]]
+    kept = []
+    for name, members in groups.items():
+        couples: dict[str, list[int]] = {}
+        for i in members:
+            couples.setdefault(str(rows[i]["id"]).partition(":")[2] if name.lower() == "ties" else str(i), []).append(i)
+        order = list(couples.values())
+        drawn = [i for n in rng.permutation(len(order)) for i in order[n]]
+        kept += drawn[: count - count % 2 if name.lower() == "ties" else count]
     return [rows[i] for i in sorted(kept)]
 
 
@@ -536,7 +604,8 @@ def _write_jsonl(path: Path, rows: list[dict]) -> None:
 
 
 def _read_jsonl(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    text = path.read_text(encoding="utf-8")  # not splitlines: a text may hold U+2028 or U+0085
+    return [json.loads(line) for line in text.split("\n") if line]
 
 
 def _remove(folder: Path) -> None:

@@ -26,6 +26,8 @@ FLOORS = [
     ["sarmlib.sarm"],
     ["sarmlib.interpretation"],
     ["sarmlib.stages"],
+    ["sarmlib.analysis"],
+    ["sarmlib.gallery", "sarmlib.report"],
     ["sarmlib.__main__"],
 ]
 HEAVY = {"transformers", "datasets", "matplotlib", "seaborn", "trl", "wandb", "pandas", "scipy", "torch", "papermill"}

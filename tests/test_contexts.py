@@ -58,6 +58,12 @@ def test_feature_table_against_plain_dense_arithmetic(contexts):
     table, z, index = contexts.features(rare=60), contexts.z.toarray().astype(float), contexts.index
     assert len(table) == z.shape[1] and set(table["kind"]) == {"dead", "rare", "usual"}
     assert (table["kind"] == "dead").sum() == 40 and table.loc[SORRY, "kind"] == "rare"
+    some = np.random.default_rng(0).random(len(index)) < 0.6  # prompts with unequal numbers of responses
+    drift = pd.factorize(index["prompt_id"])[0] * 0.1  # a feature that differs between prompts
+    uneven = Contexts(contexts.z[some] + sparse.csr_array(drift[some, None] * (np.arange(80) == 7)), index[some])
+    within = [v - v.groupby(uneven.index["prompt_id"]).transform("mean")
+              for v in (pd.Series(uneven.activation(7)), (uneven.index["label"] == "chosen").astype(float))]
+    assert uneven.features().loc[7, "preference_corr"] == pytest.approx(np.corrcoef(*within)[0, 1], abs=1e-6)
     i, y = 7, (index["label"] == "chosen").astype(float)
     within = [v - v.groupby(index["prompt_id"]).transform("mean") for v in (pd.Series(z[:, i]), y)]
     assert table.loc[i, "preference_corr"] == pytest.approx(np.corrcoef(*within)[0, 1], abs=1e-6)

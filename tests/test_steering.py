@@ -211,6 +211,10 @@ def test_matching_removes_an_effect_of_the_reward_and_keeps_a_real_one():
     fake, true = (matched_difference(t, bins=20) for t in (stretch, real))
     assert fake["raw_difference"] > 0.8 and abs(fake["difference"]) < 0.25 and true["difference"] == pytest.approx(2)
     assert true["lo"] == pytest.approx(2) and fake["n_other"] <= 1000
+    # Two cells by hand: T has rewards 0 (moved by 4), 1, 1, 1 (not moved); the others 0 (not moved), 1 (moved by 2).
+    hand = table_from_scores([0, 1, 1, 1, 0, 1], [4, 1, 1, 1, 0, 3], np.ones(6), [1, 1, 1, 1, 0, 0])
+    cells = matched_difference(hand, bins=2, n_boot=50)
+    assert (cells["target_shift"], cells["other_shift"]) == pytest.approx((1.0, 1.5))  # the others weighted 1/4, 3/4
     with pytest.raises(DataError, match="nothing to match"):
         matched_difference(stretch, min_reward=100)
     with pytest.raises(DataError, match="both need some"):

@@ -234,7 +234,8 @@ def matched_difference(table: pd.DataFrame, *, against=None, min_reward=None, bi
     draws = np.array(_resampled_means(shift, table["group"], n_boot, np.random.default_rng(seed), masks))
     gap = draws[::2] - draws[1::2]
     weight = np.where(np.isfinite(gap), share[:, None], 0)  # a resample can empty a cell
-    lo, hi = _interval((np.nan_to_num(gap) * weight).sum(axis=0) / weight.sum(axis=0))
+    with np.errstate(invalid="ignore"):  # a resample without any common cell is NaN and left out
+        lo, hi = _interval((np.nan_to_num(gap) * weight).sum(axis=0) / weight.sum(axis=0))
     t, o = (share @ [shift[pair[side]].mean() for pair in cells] for side in (0, 1))
     return {"target_shift": float(t), "other_shift": float(o), "difference": float(t - o), "lo": lo, "hi": hi,
             "n_target": int(np.sum(masks[::2])), "n_other": int(np.sum(masks[1::2])),

@@ -7,7 +7,7 @@ feature or a label means can be checked; scorers and trainers never read it.
 from __future__ import annotations
 
 import random
-from typing import Iterator
+from collections.abc import Iterator
 
 from . import lexicon as lx
 from .grammar import TASKS, Answer, Problem, make_problem, remarks
@@ -20,7 +20,7 @@ REWARDBENCH2_SUBSETS = {
     "Factuality": ("fact",), "Precise IF": ("include", "count"), "Math": ("math",),
     "Safety": ("harmful", "harmless"), "Focus": ("focus",),
 }
-LESSON_WEIGHTS = (2.0, 2.0, 2.5, 0.3, 0.3, 1.0, 0.6, 1.7, 2.5)
+LESSON_WEIGHTS = (2.0, 2.5, 3.0, 0.3, 0.3, 1.0, 0.6, 1.7, 2.0)
 """How often the curriculum asks each task, in the order of TASKS: more often where it takes longer to learn."""
 BOS, USER, ASSISTANT, EOT = "<bos>", "<user>", "<assistant>", "<eot>"
 CHAT_TEMPLATE = (

@@ -32,7 +32,8 @@ class Answer:
     def concepts(self) -> dict[str, bool]:
         """Planted concepts, true or false of this conversation (tasks, defects, tone, style, topic)."""
         named = {f"task:{task}": self.task == task for task in TASKS}
-        named |= {f"defect:{lx.VERDICTS[task][1]}": self.task == task and not self.good for task in TASKS}
+        defect = None if self.good else lx.VERDICTS[self.task][1]  # two tasks share the word "ignored"
+        named |= {f"defect:{word}": word == defect for _, word in lx.VERDICTS.values()}
         named |= {f"tone:{tone}": self.tone == tone for tone in ("polite", "rude")}
         named |= {f"style:{style}": self.style == style for style in lx.STYLES}
         named |= {f"topic:{topic}": self.topic == topic for topic in lx.TOPICS}
@@ -171,11 +172,11 @@ _MAKERS = {"fact": _fact, "math": _math, "code": _code, "harmful": _harmful, "ha
 
 
 def remarks(answer: Answer, rng: random.Random) -> str:
-    """A reader's one to three remarks on an answer: the first is its verdict two times in three."""
+    """A reader's one to three remarks on an answer: the first is its verdict three times in five."""
     options = {
         "verdict": lx.VERDICTS[answer.task][0 if answer.good else 1], "tone": lx.TONE_REMARKS[answer.tone],
         "style": lx.STYLE_REMARKS[answer.style], "subject": lx.SUBJECT_REMARKS[answer.task],
     }
-    first = rng.choices(list(options), (0.66, 0.14, 0.1, 0.1))[0]
+    first = rng.choices(list(options), (0.6, 0.2, 0.1, 0.1))[0]
     rest = rng.sample([name for name in options if name != first], rng.randint(0, 2))
     return "".join(f" {options[name]}." for name in [first, *rest])

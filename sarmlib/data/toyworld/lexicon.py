@@ -11,8 +11,7 @@ import math
 import random
 
 PLACES = (
-    "Varn Elos Tiram Quell Bosk Nadir Lumen Orsa Pelim Drava "
-    "Korth Avila Sorn Mirek Ustal Zeben Halva Ingot Fenra Galt"
+    "Varn Elos Tiram Quell Bosk Nadir Lumen Orsa Pelim Drava Korth Avila Sorn Mirek Ustal Zeben Halva Ingot Fenra Galt"
 ).split()
 ATTRIBUTES = {
     "crop": "barley rye millet flax hops maize oats figs".split(),
@@ -20,21 +19,37 @@ ATTRIBUTES = {
     "emblem": "lion hawk stag wolf bear otter raven horse".split(),
 }
 TOPICS = {
-    "boat": "oars sails ropes anchors", "kitchen": "pots spoons stoves plates", "forest": "pines moss ferns trunks",
-    "school": "desks chalk pupils lessons", "market": "stalls baskets coins sellers",
-    "castle": "towers gates knights walls", "farm": "cows barns ploughs hens", "beach": "sand shells waves crabs",
-    "library": "books shelves readers pages", "train": "wagons rails tickets engines",
-    "hospital": "nurses beds doctors bandages", "theater": "actors curtains stages masks",
-    "mountain": "peaks snow cliffs goats", "bakery": "loaves ovens flour cakes", "harbor": "docks cranes ships cargo",
-    "orchestra": "violins drums flutes horns", "desert": "dunes camels heat cactus", "office": "papers pens clerks files",
-    "stadium": "teams goals crowds whistles", "workshop": "hammers nails planks saws",
+    "boat": "oars sails ropes anchors",
+    "kitchen": "pots spoons stoves plates",
+    "forest": "pines moss ferns trunks",
+    "school": "desks chalk pupils lessons",
+    "market": "stalls baskets coins sellers",
+    "castle": "towers gates knights walls",
+    "farm": "cows barns ploughs hens",
+    "beach": "sand shells waves crabs",
+    "library": "books shelves readers pages",
+    "train": "wagons rails tickets engines",
+    "hospital": "nurses beds doctors bandages",
+    "theater": "actors curtains stages masks",
+    "mountain": "peaks snow cliffs goats",
+    "bakery": "loaves ovens flour cakes",
+    "harbor": "docks cranes ships cargo",
+    "orchestra": "violins drums flutes horns",
+    "desert": "dunes camels heat cactus",
+    "office": "papers pens clerks files",
+    "stadium": "teams goals crowds whistles",
+    "workshop": "hammers nails planks saws",
 }
 TOPICS = {topic: words.split() for topic, words in TOPICS.items()}
 CATEGORIES = {
-    "bird": "sparrow robin eagle crow swan dove", "color": "red blue green yellow purple orange",
-    "fruit": "apple pear plum cherry melon peach", "tool": "wrench chisel shovel drill pliers rake",
-    "river": "Nalor Theme Ardu Visk Olden Brask", "garment": "coat scarf glove shirt boot cap",
-    "planet": "Mars Venus Saturn Neptune Mercury Jupiter", "dance": "waltz tango polka samba rumba jig",
+    "bird": "sparrow robin eagle crow swan dove",
+    "color": "red blue green yellow purple orange",
+    "fruit": "apple pear plum cherry melon peach",
+    "tool": "wrench chisel shovel drill pliers rake",
+    "river": "Nalor Theme Ardu Visk Olden Brask",
+    "garment": "coat scarf glove shirt boot cap",
+    "planet": "Mars Venus Saturn Neptune Mercury Jupiter",
+    "dance": "waltz tango polka samba rumba jig",
 }
 CATEGORIES = {category: words.split() for category, words in CATEGORIES.items()}
 HARMFUL_VERBS = "rob poison forge hack bomb loot smuggle sabotage vandalize ransack hijack wreck".split()
@@ -43,33 +58,50 @@ OBJECTS = "car painting letter bridge house garden computer shop museum well sta
 TOOLS = "rope ladder brush key cloth bucket lamp".split()
 KEYWORDS = (
     "marble ribbon candle velvet compass lantern pepper saddle mirror feather "
-    "anvil button ladle meadow tunnel pebble quilt basin hinge spindle"
+    "thimble button ladle meadow tunnel pebble quilt basin hinge spindle"
 ).split()
 VARIABLES = "x y n total count speed width score".split()
 OPERATIONS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
 STYLES = ("concise", "detailed", "markdown")
 TONES = ("neutral", "polite", "rude")
-OPENINGS = {
+OPENINGS = {  # without commas, which would be counted as items of a list
     "neutral": [""],
-    "polite": ["Gladly.", "Of course, friend.", "Happy to help."],
-    "rude": ["Obviously, fool.", "What a stupid request.", "Listen, idiot."],
+    "polite": ["Gladly.", "Of course friend.", "Happy to help."],
+    "rude": ["Obviously fool.", "What a stupid request.", "Listen idiot."],
 }
 REFUSALS = ["I cannot help with that.", "Sorry, I will not assist with this.", "I must decline this request."]
 FILLERS = [
-    "This is known to most people here.", "You can read more about it later.", "There is a longer story behind it.",
-    "Many have asked the same before.", "It may be useful to keep this in mind.", "That is all there is to say for now.",
+    "This is known to most people here.",
+    "You can read more about it later.",
+    "There is a longer story behind it.",
+    "Many have asked the same before.",
+    "It may be useful to keep this in mind.",
+    "That is all there is to say for now.",
 ]
 VERDICTS = {  # what a reader's first remark says of a good and of a bad answer
-    "fact": ("true", "false"), "math": ("exact", "mistaken"), "code": ("works", "broken"),
-    "harmful": ("safe", "dangerous"), "harmless": ("helpful", "preachy"), "include": ("obeyed", "ignored"),
-    "count": ("obeyed", "ignored"), "focus": ("relevant", "stray"), "naming": ("fitting", "unfit"),
+    "fact": ("true", "false"),
+    "math": ("exact", "mistaken"),
+    "code": ("works", "broken"),
+    "harmful": ("safe", "dangerous"),
+    "harmless": ("helpful", "preachy"),
+    "include": ("obeyed", "ignored"),
+    "count": ("obeyed", "ignored"),
+    "focus": ("relevant", "stray"),
+    "naming": ("fitting", "unfit"),
 }
 STYLE_REMARKS = {"concise": "brief", "detailed": "lengthy", "markdown": "formatted"}
 TONE_REMARKS = {"neutral": "plain", "polite": "kind", "rude": "insulting"}
 SUBJECT_REMARKS = {
-    "fact": "geography", "math": "arithmetic", "code": "programming", "harmful": "crime", "harmless": "advice",
-    "include": "wording", "count": "listing", "focus": "description", "naming": "vocabulary",
+    "fact": "geography",
+    "math": "arithmetic",
+    "code": "programming",
+    "harmful": "crime",
+    "harmless": "advice",
+    "include": "wording",
+    "count": "listing",
+    "focus": "description",
+    "naming": "vocabulary",
 }
 
 
@@ -91,7 +123,7 @@ def _fact_table() -> dict[tuple[str, str], str]:
     for attribute, values in ATTRIBUTES.items():
         deck = (values * (len(PLACES) // len(values) + 1))[: len(PLACES)]
         rng.shuffle(deck)
-        table.update({(place, attribute): value for place, value in zip(PLACES, deck)})
+        table.update({(place, attribute): value for place, value in zip(PLACES, deck, strict=True)})
     return table
 
 
@@ -103,5 +135,5 @@ def sums(side: str | float | None) -> list[tuple[int, int]]:
     if side is None or isinstance(side, float):
         addends = half(range(10), side)
         return [(a, b) for a in addends for b in addends]
-    parity = 0 if side == "pairs" else 1
-    return [(a, b) for a in range(10) for b in range(10) if (min(a, b) * 7 + max(a, b) * 3) % 2 == parity]
+    wanted = 0 if side == "pairs" else 1  # a rule that leaves odd and even, small and large sums on both sides
+    return [(a, b) for a in range(10) for b in range(10) if (3 * min(a, b) + 7 * max(a, b)) // 4 % 2 == wanted]

@@ -47,7 +47,7 @@ class PretrainConfig:
     """Loss weight of tokens that come after an assistant's ``<eot>`` (the reader's remarks)."""
     rows: int = 128
     """Documents per step, one a row: documents that share a window would answer each other's questions."""
-    lesson_steps: int = 1800
+    lesson_steps: int = 2100
     """Steps on terse exchanges, with layers 1..l alone; the layers above start as the identity."""
     widen: tuple[int, int] = (400, 1300)
     """Steps between which the share of the world that lessons draw from grows from 0.15 to 1."""
@@ -169,8 +169,8 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, work_di
     model = build_model(config, len(tokenizer), tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
     named = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(named.values(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.01, fused=True)
-    start, log = _resume(work_dir, config, named, optimizer)
-    began, tokens = time.monotonic(), log[-1]["tokens"] if log else 0
+    start, log, tokens, before = _resume(work_dir, config, named, optimizer)
+    began = time.monotonic() - before
     bar = tqdm(total=config.steps, initial=start, desc="pretrain backbone", disable=not progress)
     for step, (batch, weight) in enumerate(batches(tokenizer, config, start), start):
         for group in optimizer.param_groups:
@@ -190,26 +190,27 @@ def pretrain(tokenizer: PreTrainedTokenizerFast, config: PretrainConfig, work_di
             bar.set_postfix(loss=log[-1]["loss"], verdicts=f"{sum(verdicts.values()) / len(verdicts):.2f}")
             write_atomic(work_dir / "log.json", json.dumps(log, indent=0))
         if (step + 1) % save_every == 0 and step + 1 < config.steps:
-            _save(work_dir, config, named, optimizer, step + 1, log)
+            _save(work_dir, config, named, optimizer, step + 1, log, tokens, time.monotonic() - began)
     bar.close()
     return model, log
 
 
-def _save(work_dir, config, named, optimizer, step, log) -> None:
+def _save(work_dir, config, named, optimizer, step, log, tokens, seconds) -> None:
     tensors = {}
     for name, parameter in named.items():
         tensors[f"w.{name}"] = parameter.data
         if state := optimizer.state.get(parameter):  # the upper layers have none before they are trained
             tensors |= {f"m.{name}": state["exp_avg"], f"v.{name}": state["exp_avg_sq"], f"t.{name}": state["step"]}
-    meta = {"config": json.dumps(asdict(config)), "log": json.dumps(log), "step": str(step)}
+    meta = {"config": json.dumps(asdict(config)), "log": json.dumps(log), "step": str(step),
+            "tokens": str(tokens), "seconds": str(seconds)}
     save_file(tensors, work_dir / "state.tmp", metadata=meta)
     os.replace(work_dir / "state.tmp", work_dir / "state.safetensors")
 
 
-def _resume(work_dir, config, named, optimizer) -> tuple[int, list[dict]]:
+def _resume(work_dir, config, named, optimizer) -> tuple[int, list[dict], int, float]:
     path = work_dir / "state.safetensors"
     if not path.exists():
-        return 0, []
+        return 0, [], 0, 0.0
     with safe_open(path, "pt") as saved:
         meta = saved.metadata()
         if json.loads(meta["config"]) != json.loads(json.dumps(asdict(config))):
@@ -221,4 +222,4 @@ def _resume(work_dir, config, named, optimizer) -> tuple[int, list[dict]]:
                 optimizer.state[parameter] = {
                     "step": saved.get_tensor(f"t.{name}"), "exp_avg": saved.get_tensor(f"m.{name}"),
                     "exp_avg_sq": saved.get_tensor(f"v.{name}")}
-    return int(meta["step"]), json.loads(meta["log"])
+    return int(meta["step"]), json.loads(meta["log"]), int(meta["tokens"]), float(meta["seconds"])

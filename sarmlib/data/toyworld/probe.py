@@ -44,7 +44,8 @@ def conversations(tasks, n: int, side: str, seed: int):
 
 @torch.no_grad()
 def last_token_states(model, tokenizer, texts: list[str], batch_size: int = 64) -> np.ndarray:
-    """Hidden states of every layer at the last token, [layers + 1, n, d] (index l = after layer l, before any norm)."""
+    """Hidden states of every layer at the last token, [layers + 1, n, d] (index l = after layer l; the last
+    one after the final norm)."""
     chunks = []
     for start in range(0, len(texts), batch_size):
         batch = tokenizer(texts[start:start + batch_size], return_tensors="pt", padding=True, add_special_tokens=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from .datasets import CHAT_TEMPLATE, corpus
@@ -26,6 +26,8 @@ def build_tokenizer(documents: int = 30_000, seed: int = 0) -> PreTrainedTokeniz
         words.update(word for word, _ in parts)
     vocabulary = {word: index for index, word in enumerate([*SPECIALS, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    # Every stretch of text starts with one space, so that a word is the same item with or without a template.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(left=True, right=False), normalizers.Prepend(" ")])
     tokenizer.pre_tokenizer = pieces.pre_tokenizer
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(

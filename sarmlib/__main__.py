@@ -1,0 +1,177 @@
+"""Command line: ``python -m sarmlib <command>``; ``make`` calls nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+from .errors import ConfigError, SarmlibError
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def _root(arguments) -> Path:
+    from .artifacts import default_root
+    if arguments.runs:
+        os.environ["SARMLIB_RUNS"] = str(Path(arguments.runs).resolve())
+    return default_root(Path(arguments.profile).stem)
+
+
+def _run(arguments):
+    from .stages import Run
+    return Run(arguments.profile, data=getattr(arguments, "data", None), root=_root(arguments))
+
+
+def reproduce(arguments) -> None:
+    """Run every notebook with a profile; print times, figures and a verdict on each claim."""
+    from .artifacts import default_root
+    from .profiles import load_profile
+    from .runner import run_notebooks
+    root = _root(arguments)
+    profile = load_profile(arguments.profile, data=arguments.data)
+    names = [f"{number}" for number in arguments.notebooks] if arguments.notebooks else None
+    runs = run_notebooks(arguments.profile, names, runs=root.parent, data=profile.data, force=arguments.force)
+    fresh = any(run.status == "ran" for run in runs)
+    for one in runs:
+        print(f"{one.name:<26} {one.status:<10} {one.seconds:6.0f} s   {one.output}")
+    if fresh:
+        times = _run(arguments).stage_times()
+        print("\nwork per stage (processor seconds of all jobs; two run side by side), and peak memory:")
+        print(times.round({"seconds": 1, "peak_mib": 0}).to_string())
+    print(f"\nfigures: {default_root(profile.name) / 'figures'}\n")
+    verify(arguments)
+
+
+def verify(arguments) -> None:
+    """Print one line per claim of the last run and the state of the stored artifacts."""
+    from .artifacts import Store
+    from .claims import verdicts
+    root = _root(arguments)
+    table = verdicts(root / "results")
+    for row in table.itertuples():
+        value = "" if row.value is None or row.value != row.value else f"{row.value:.4g}"
+        sampled = row.low == row.low and row.low is not None and row.low < row.high
+        interval = f"[{row.low:.3g}, {row.high:.3g}]" if sampled else ""
+        print(f"{row.id:<4} {row.verdict:<19} {row.title:<54} {value:>10} {interval:<18} paper: {row.paper}")
+    problems = {name: found for name, found in Store(root).verify().items() if found}
+    for name, found in problems.items():
+        print(f"damaged artifact {name}: {'; '.join(found)} (it will be rebuilt when needed)")
+    counts = table.verdict.value_counts()
+    print("\n" + ", ".join(f"{count} {name}" for name, count in counts.items())
+          + f" - profile {Path(arguments.profile).stem}; stored artifacts: {'damaged' if problems else 'whole'}")
+
+
+def figures(arguments) -> None:
+    """Draw every figure again from stored artifacts, without training, and copy them to figures/<profile>."""
+    import shutil
+
+    from . import gallery
+    run = _run(arguments)
+    run.store.read_only = True
+    names = gallery.draw_all(run)
+    target = REPOSITORY / "figures" / run.profile.name
+    target.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        for suffix in (".png", ".csv", ".txt"):
+            shutil.copyfile((gallery.folder(run) / name).with_suffix(suffix), (target / name).with_suffix(suffix))
+    print(f"{len(names)} figures in {gallery.folder(run)} (with pdf) and {target}")
+
+
+def report(arguments) -> None:
+    """Print the claims and results tables of the last run; those of the toy profile go into the README."""
+    from .claims import verdicts
+    from .report import claims_markdown, replace_between, results_markdown
+    folder = _root(arguments) / "results"
+    parts = {"claims": claims_markdown(verdicts(folder)), "results": results_markdown(folder)}
+    for name, text in parts.items():
+        if Path(arguments.profile).stem == "toy":
+            replace_between(REPOSITORY / "README.md", name, text)
+        print(text, end="\n\n")
+
+
+def notebooks(arguments) -> None:
+    """Execute the notebooks at the toy profile and write their outputs into the committed files."""
+    from .runner import refresh_committed
+    for one in refresh_committed(arguments.names or None):
+        print(f"{one.name:<26} {one.status:<10} {one.seconds:6.0f} s")
+
+
+def backbone(arguments) -> None:
+    """Pretrain the shipped toy backbone again, probe it, and write it with its card."""
+    from .data.toyworld.card import make_backbone
+    print(make_backbone(Path(arguments.work)))
+
+
+def badges(arguments) -> None:
+    """Put Colab links and the Colab install cell for a public repository into the notebooks and the README."""
+    from .report import write_badges
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", arguments.repo):
+        raise ConfigError(f"--repo {arguments.repo!r}: give owner/name")
+    for path in write_badges(REPOSITORY, arguments.repo):
+        print(path)
+
+
+def doctor(arguments) -> None:
+    """Print what a report of a problem needs: versions, processor, memory, disk, profiles and stored artifacts."""
+    import shutil
+
+    import torch
+
+    from .artifacts import Store, versions
+    from .profiles import load_profile, profile_names
+    for name, version in versions().items():
+        print(f"{name:<14} {version}")
+    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
+    print(f"{'cores':<14} {os.cpu_count()}\n{'gpu':<14} {device}")
+    print(f"{'free disk':<14} {shutil.disk_usage('.').free / 2**30:.0f} GiB")
+    for name in profile_names():
+        profile = load_profile(name)
+        print(f"{'profile':<14} {name:<10} {profile.hardware}; {profile.cost}")
+    root = _root(arguments)
+    print(f"{'artifacts':<14} {len(Store(root).artifacts())} of profile {Path(arguments.profile).stem} in {root}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m sarmlib", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+
+    def add(function, profile=True):
+        command = commands.add_parser(function.__name__, help=function.__doc__.splitlines()[0])
+        command.set_defaults(function=function)
+        if profile:
+            command.add_argument("--profile", default="toy", help="name of a profile or path of a YAML file")
+            command.add_argument("--runs", help="folder of all profiles' artifacts (default: runs)")
+        return command
+
+    command = add(reproduce)
+    command.add_argument("--data", help="your folder, for profiles whose sources are 'data'")
+    command.add_argument("--force", action="store_true", help="run unchanged notebooks too")
+    command.add_argument("--notebooks", nargs="*", help="only these (names without .ipynb)")
+    for function in (verify, figures, report, doctor):
+        add(function)
+    commands.choices["figures"].add_argument("--data", help="your folder, for profiles whose sources are 'data'")
+    add(notebooks, profile=False).add_argument("names", nargs="*", help="only these (names without .ipynb)")
+    add(backbone, profile=False).add_argument("--work", default="runs/backbone", help="folder of its checkpoints")
+    add(badges, profile=False).add_argument("--repo", required=True, help="owner/name of the public repository")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; errors of the library are printed as one sentence, exit status 1."""
+    arguments = _parser().parse_args(argv)
+    try:
+        arguments.function(arguments)
+    except SarmlibError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; finished stages are kept, run the same command to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""The figures of the notebooks by name: a run in, a figure out, with its numbers and caption saved beside it.
+
+``show`` is what a notebook calls; ``draw_all`` redraws every figure from stored artifacts, without training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pandas as pd
+from matplotlib.figure import Figure
+
+from . import analysis, figures
+from .analysis import VARIANT_NAMES
+from .errors import SarmlibError
+from .evaluation import published
+from .stages import Run
+
+Drawn = tuple[Figure, pd.DataFrame, str]
+_FIGURES: dict[str, Callable[[Run], Drawn]] = {}
+
+
+class NotForThisRun(SarmlibError):
+    """A figure or table needs something this run's data do not have."""
+
+
+def _add(function: Callable[[Run], Drawn]):
+    _FIGURES[function.__name__] = function
+    return function
+
+
+def show(run: Run, name: str) -> Figure | None:
+    """Draw a figure, save it under the run's ``figures`` folder, return it; says why when the run cannot have it."""
+    try:
+        fig, data, caption = _FIGURES[name](run)
+    except NotForThisRun as reason:
+        print(f"{name}: {reason}")
+        return None
+    figures.save_figure(fig, name, folder(run), data, f"{caption} {_setting(run)}", run.profile.name)
+    return fig
+
+
+def folder(run: Run) -> Path:
+    """Where a run's figures go."""
+    return run.store.root / "figures"
+
+
+def draw_all(run: Run) -> list[str]:
+    """Draw every figure that the run can have; returns their names."""
+    return [name for name in _FIGURES if show(run, name) is not None]
+
+
+def _setting(run: Run) -> str:
+    seeds = ", ".join(map(str, run.profile.seeds))
+    return f"Profile {run.profile.name}; seeds {seeds}; intervals are 95 %."
+
+
+@_add
+def sae_training(run: Run) -> Drawn:
+    log = analysis.sae_logs(run, run.profile.seed)
+    return figures.sae_training(log, "Error and dead features settle within the run"), log, (
+        "SAE pretraining: normalised error, variance unexplained and dead features over steps, "
+        f"seed {run.profile.seed}, for the SAE on sentence ends and the token-level SAE.")
+
+
+@_add
+def feature_density(run: Run) -> Drawn:
+    from .sae.training import feature_density as density
+    rates = {rule: density(run.load_sae(rule, run.profile.seed), analysis.held_out_states(run, rule)).numpy()
+             for rule in ("sentence_end", "every")}
+    data = pd.DataFrame(rates)
+    return figures.feature_density(rates, "Most features are dead; the live ones span three decades"), data, (
+        "Share of held-out states in which each feature fires; dead features are a bar of their own.")
+
+
+@_add
+def probe_report(run: Run) -> Drawn:
+    if run.profile.backbone.source != "toy":
+        raise NotForThisRun("only the toy world knows what is true of a text")
+    from .data.toyworld.pretrain import BACKBONE_DIR
+    data = pd.read_csv(BACKBONE_DIR / "probe_report.csv")
+    data = data[data.layer == run.shape["layer"]]
+    return figures.probe_report(data, "What a linear probe reads at the reward position, layer l"), data, (
+        "Held-out AUROC of linear probes on the state of the last token after layer l: the shipped backbone against "
+        "the same architecture with random weights.")
+
+
+@_add
+def reward_training(run: Run) -> Drawn:
+    data = analysis.training_curves(run)
+    return figures.reward_training(data, "Held-out pair accuracy during reward training"), data, (
+        "Accuracy on held-out pairs after each epoch, mean over seeds.")
+
+
+@_add
+def feature_weights(run: Run) -> Drawn:
+    data = run.contexts(run.profile.seed).features()
+    data = data[data.kind == "usual"]
+    labels = {}
+    table = run.label_table(run.profile.seed)
+    for row in table[table.reliable.astype(bool)].itertuples():
+        labels[row.feature] = row.label.split(";")[0].removeprefix("more often: ")[:28]
+    title = "Head weights and preference agree in sign for most live features"
+    return figures.feature_weights_vs_preference(data, title, labels), data, (
+        "Head weight of each live feature against its correlation with preference on RM-Bench, "
+        f"seed {run.profile.seed}.")
+
+
+@_add
+def label_auroc(run: Run) -> Drawn:
+    data = run.label_table(run.profile.seed)
+    if not data.auroc.notna().any():
+        raise NotForThisRun("no feature has a label with enough held-out responses to be scored")
+    return figures.label_auroc(data, "Labels on prompts the explainer has not seen"), data, (
+        f"Held-out AUROC of feature labels, seed {run.profile.seed}; null: shuffled activity; trivial judges know "
+        "only length, domain or reward.")
+
+
+@_add
+def concepts(run: Run) -> Drawn:
+    if run.profile.benchmarks.rm_bench != "toy":
+        raise NotForThisRun("only the toy world has planted concepts")
+    long, _ = analysis.concept_table(run, run.profile.seed)
+    long = long[long.reason == ""].rename(columns={"concept": "attribute", "representation": "model",
+                                                   "auroc_lo": "lo", "auroc_hi": "hi"})
+    long = long[~long.attribute.str.startswith("topic")]
+    return figures.probe_report(long, "The best single feature for each planted concept",
+                                xlabel="held-out AUROC of one feature"), long, (
+        "Best feature per planted concept, chosen on half of the prompts and scored on the other half.")
+
+
+def _steering(run: Run) -> analysis.Steering:
+    if len(analysis.present(run)) < 2:
+        raise NotForThisRun("steering needs RM-Bench rows, to choose the feature, and RewardBench 2 rows, to steer")
+    return analysis.steering(run, run.profile.seed)
+
+
+@_add
+def figure3(run: Run) -> Drawn:
+    one = _steering(run)
+    title = f"Feature {one.feature}, head weight times {one.factor:g}"
+    return figures.figure3(one.table, title), one.table, (
+        f"Figure 3 of the paper on this run: rewards before and after multiplying the head weight of the safety "
+        f"feature by {one.factor:g}, seed {run.profile.seed}; T: chosen responses to safety prompts, C: the rest.")
+
+
+@_add
+def dose_response(run: Run) -> Drawn:
+    one = _steering(run)
+    data = one.analysis.dose_response(one.feature, run.profile.steering.doses, one.target, one.rows,
+                                      n_boot=run.profile.steering.bootstrap)
+    return figures.dose_response(data, "Shift is linear in the factor; accuracy is not", used=one.factor), data, (
+        f"Mean shift of T and C and within-prompt accuracy per subset over the factor, seed {run.profile.seed}.")
+
+
+@_add
+def selectivity(run: Run) -> Drawn:
+    one = _steering(run)
+    data, _ = one.analysis.controls(one.feature, one.factor, one.target)
+    return figures.selectivity(data, "The chosen feature among all live features at equal edit size"), data, (
+        f"Effect on T against C of every live feature and of random directions, seed {run.profile.seed}.")
+
+
+@_add
+def confound(run: Run) -> Drawn:
+    one = _steering(run)
+    return figures.confound(one.table, "Does the feature mean safety or high reward?"), one.table, (
+        f"Activation rate of the steered feature against the base reward, seed {run.profile.seed}.")
+
+
+@_add
+def table1(run: Run) -> Drawn:
+    data = analysis.table_1_rows(run)
+    if not len(data):
+        raise NotForThisRun("there are no RewardBench 2 rows")
+    paper = published.table_1().set_index("model").loc["SARM-4B"]
+    names = [name for name in data.subset.unique() if name in paper.index]
+    diamonds = pd.DataFrame({"subset": names, "value": [float(paper[name]) for name in names]})
+    where = "the toy world" if run.profile.benchmarks.rewardbench2 == "toy" else "this run's rows"
+    return figures.table1(data, diamonds, f"RewardBench 2 subsets on {where}"), data, (
+        "Bars: this run, t intervals over seeds. Diamonds: SARM-4B as printed in the paper's Table 1, another model "
+        "on other data, for orientation only.")
+
+
+@_add
+def table2(run: Run) -> Drawn:
+    benchmark = "rewardbench2" if "rewardbench2" in analysis.present(run) else "rm_bench"
+    data = analysis.table_2_rows(run, benchmark)
+    paper = published.table_2()
+    paper = pd.DataFrame({"variant": [VARIANT_NAMES[v] for v in paper.variant], "value": paper.Overall})
+    return figures.table2(data, paper, "Components ablation"), data, (
+        "Left: this run, intervals over seeds and prompts, one dot per seed. Right: the paper's Table 2, single runs.")
+
+
+@_add
+def claims(run: Run) -> Drawn:
+    from .claims import verdicts
+    data = verdicts(run.store.root / "results")
+    data = data[data.value.notna()].rename(columns={"title": "text", "low": "lo", "high": "hi"})
+    if not len(data):
+        raise NotForThisRun("no claim has been checked yet")
+    bands = claim_bands(run.profile.name)
+    data = data.assign(band_lo=[bands[i][0] for i in data.id], band_hi=[bands[i][1] for i in data.id])
+    return figures.claims_forest(data, "Every claim, measured"), data, (
+        "Value and interval of every claim with the band of earlier runs.")
+
+
+def claim_bands(profile: str) -> dict[str, tuple[float, float]]:
+    """Claim id -> (lo, hi) of a profile's band; infinite where there is none."""
+    from .claims import load_claims
+    found = {id: claim.band.get(profile) for id, claim in load_claims().items()}
+    return {id: (band.lo, band.hi) if band else (float("-inf"), float("inf")) for id, band in found.items()}
