@@ -133,15 +133,16 @@ def table_2_rows(run: Run, benchmark: str = "rewardbench2") -> pd.DataFrame:
     chosen = scores[(scores.benchmark == benchmark) & (scores.part == "overall")]
     for variant in run.profile.variants:
         interval, values = overall(run, variant, benchmark), chosen[chosen.variant == variant].value
-        lines.append({"variant": VARIANT_NAMES[variant], "value": 100 * interval.estimate, "lo": 100 * interval.low,
-                      "hi": 100 * interval.high, "points": (100 * values).tolist()})
+        lines.append({"variant": VARIANT_NAMES[variant], "value": 100 * interval.estimate,
+                      "lo": max(0.0, 100 * interval.low), "hi": min(100.0, 100 * interval.high),
+                      "points": (100 * values).tolist()})
     return pd.DataFrame(lines)
 
 
 def _percent(values) -> dict[str, float]:
     if len(values) < 2:
         return {"value": 100 * float(values.iloc[0])}
-    interval = seeds_ci(values)
+    interval = seed_interval(values, 0.0, 1.0)
     return {"value": 100 * interval.estimate, "lo": 100 * interval.low, "hi": 100 * interval.high}
 
 
@@ -229,9 +230,12 @@ def decoder_norm_error(run: Run, seed: int, stretch: float = 1.0) -> float:
     return float((norms - 1).abs().max())
 
 
-def seed_interval(values) -> Interval:
-    """Mean and 95 % t interval over seeds."""
-    return seeds_ci(np.asarray(values, float))
+def seed_interval(values, low: float = -np.inf, high: float = np.inf) -> Interval | None:
+    """Mean and 95 % t interval over seeds, cut at the ends of the quantity's own range; None with a single seed."""
+    if len(values) < 2:
+        return None
+    interval = seeds_ci(np.asarray(values, float))
+    return interval._replace(low=max(interval.low, low), high=min(interval.high, high))
 
 
 # -- features (RQ1) --------------------------------------------------------------------------------------------------
@@ -320,11 +324,12 @@ class Steering:
         return float(change[self.target].mean()), float(change[~self.target].mean())
 
 
-    def shuffled_difference(self) -> float:
-        """T minus C, in sd of rewards, when T is a random set of the same size: the control."""
-        drawn = np.random.default_rng(self.seed).permutation(self.target)
+    def shuffled_difference(self, draws: int = 100) -> float:
+        """T minus C, in sd of rewards, when T is a random set of the same size (mean of ``draws``): the control."""
+        rng = np.random.default_rng(self.seed)
         change = (self.factor - 1) * self.analysis.contribution(self.feature) / self.analysis.rewards.std()
-        return float(change[drawn].mean() - change[~drawn].mean())
+        sets = [rng.permutation(self.target) for _ in range(draws)]
+        return float(np.mean([change[drawn].mean() - change[~drawn].mean() for drawn in sets]))
 
 
 def steering(run: Run, seed: int, factor: float | None = None) -> Steering:
@@ -358,19 +363,21 @@ def steering_table(run: Run) -> pd.DataFrame:
 
 
 def steered_forward(run: Run, one: Steering, n: int = 400, add: float = 0.0) -> dict[str, float]:
-    """Score ``n`` responses again with the edited model: largest change among inactive responses, and largest
-    difference between the forward pass and the closed form r + (c - 1) w_i z_i.
+    """Score ``n`` responses with the model before and after the edit: largest change among inactive responses, and
+    largest difference between the forward pass and the closed form r + (c - 1) w_i z_i.
 
-    ``add`` adds a constant to the reward of every response, as adding to an inactive latent would (the control)."""
+    ``add`` adds a constant to every steered reward, as adding to an inactive latent would (the control)."""
     from .evaluation.scoring import score_conversations
-    model = steer(run.load_reward("sarm", one.seed), {one.feature: one.factor})
+    model = run.load_reward("sarm", one.seed)
+    edited = steer(model, {one.feature: one.factor})
     rows = np.random.default_rng(one.seed).permutation(len(one.units))[:n]
     picked = one.units.iloc[rows]
     conversations = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
                      for prompt, text in zip(picked.prompt_text, picked.text, strict=True)]
-    again = score_conversations(model, run.tokenizer, conversations,
-                                max_length=run.profile.benchmarks.max_length).rewards + add
-    before, expected = one.analysis.rewards[rows], one.analysis.steered({one.feature: one.factor})[rows]
+    before, after = (score_conversations(one_model, run.tokenizer, conversations,
+                                         max_length=run.profile.benchmarks.max_length).rewards
+                     for one_model in (model, edited))
+    after, expected = after + add, one.analysis.steered({one.feature: one.factor})[rows]
     inactive = one.analysis.activation(one.feature)[rows] == 0
-    return {"inactive_change": float(np.abs(again - before)[inactive].max()), "n_inactive": int(inactive.sum()),
-            "closed_form_error": float(np.abs(again - expected).max())}
+    return {"inactive_change": float(np.abs(after - before)[inactive].max(initial=0.0)),
+            "n_inactive": int(inactive.sum()), "closed_form_error": float(np.abs(after - expected).max())}

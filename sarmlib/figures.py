@@ -177,7 +177,7 @@ def probe_report(data: pd.DataFrame, title: str = "", xlabel="held-out AUROC of 
     ax.set(xlabel=xlabel, ylim=(len(names) - 0.4, -0.6))
     ax.set_xlim(min(0.45, ax.get_xlim()[0]), 1.02)
     ax.grid(axis="y", lw=0.3, color="#DDDDDD")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=min(3, len(models)),
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=min(3, len(models)),
                handletextpad=0.3, columnspacing=1)
     return _titled(fig, title)
 
@@ -238,7 +238,7 @@ def feature_weights_vs_preference(features: pd.DataFrame, title: str = "", name=
     ax.set(xlabel="correlation of $z_i$ with chosen, within prompts",
            ylabel="head weight $w_i$ (reward per unit of $z_i$)")
     ax.ticklabel_format(axis="y", scilimits=(-3, 3), useMathText=True)
-    legend = fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, handletextpad=0.3)
+    legend = fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, handletextpad=0.3)
     for handle in legend.legend_handles:
         handle.set_sizes([18])
     return _titled(fig, title)
@@ -276,9 +276,9 @@ def label_auroc(judged: pd.DataFrame, title: str = "", most=24) -> Figure:
     ax.set_xlim(min(0.35, shown["lo"].min() - 0.02), 1.02)
     hidden = data["auroc"].notna().sum() - len(shown)
     notes = [f"{silent} abstained", f"{unscored} not scored"] + ([f"{hidden} weaker not shown"] if hidden else [])
-    ax.set_xlabel(f"held-out AUROC (95 % interval over prompts)   [{', '.join(notes)}]")
+    ax.set_xlabel(f"held-out AUROC (95 % interval over prompts)\n[{', '.join(notes)}]")
     ax.grid(axis="y", lw=0.3, color="#DDDDDD")
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, handletextpad=0.3)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, handletextpad=0.3)
     return _titled(fig, title)
 
 
@@ -385,7 +385,7 @@ def selectivity(controls: pd.DataFrame, title: str = "", name: str = "chosen fea
            ylabel="mean reward shift of T")
     if not by_rows:
         ax.axline((0, 0), slope=1, color=GREY, lw=0.8, ls="--", zorder=1)
-    fig.legend(*ax.get_legend_handles_labels(), loc="outside upper center", ncols=2, handletextpad=0.2, columnspacing=1)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=2, handletextpad=0.2, columnspacing=1)
     return _titled(fig, title)
 
 
@@ -445,7 +445,7 @@ def table1(ours: pd.DataFrame, published=None, title: str = "", ylabel="RewardBe
     ax.tick_params(axis="x", length=0)
     ax.set(ylabel=ylabel, ylim=(min(0, ours["value"].min() * 1.1), 101), xlim=(-0.55, len(subsets) - 0.45))
     entries = sorted(zip(*ax.get_legend_handles_labels(), strict=True), key=lambda entry: entry[1] == PAPER)
-    fig.legend(*zip(*entries, strict=True), loc="outside upper center", ncols=min(4, len(entries)))
+    fig.legend(*zip(*entries, strict=True), loc="outside lower center", ncols=min(4, len(entries)))
     return _titled(fig, title)
 
 

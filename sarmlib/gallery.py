@@ -59,7 +59,7 @@ def _setting(run: Run) -> str:
 @_add
 def sae_training(run: Run) -> Drawn:
     log = analysis.sae_logs(run, run.profile.seed)
-    return figures.sae_training(log, "Error and dead features settle within the run"), log, (
+    return figures.sae_training(log, "SAE pretraining"), log, (
         "SAE pretraining: normalised error, variance unexplained and dead features over steps, "
         f"seed {run.profile.seed}, for the SAE on sentence ends and the token-level SAE.")
 
@@ -70,7 +70,7 @@ def feature_density(run: Run) -> Drawn:
     rates = {rule: density(run.load_sae(rule, run.profile.seed), analysis.held_out_states(run, rule)).numpy()
              for rule in ("sentence_end", "every")}
     data = pd.DataFrame(rates)
-    return figures.feature_density(rates, "Most features are dead; the live ones span three decades"), data, (
+    return figures.feature_density(rates, "How often features fire"), data, (
         "Share of held-out states in which each feature fires; dead features are a bar of their own.")
 
 
@@ -81,7 +81,7 @@ def probe_report(run: Run) -> Drawn:
     from .data.toyworld.pretrain import BACKBONE_DIR
     data = pd.read_csv(BACKBONE_DIR / "probe_report.csv")
     data = data[data.layer == run.shape["layer"]]
-    return figures.probe_report(data, "What a linear probe reads at the reward position, layer l"), data, (
+    return figures.probe_report(data, "Read by a linear probe at layer l"), data, (
         "Held-out AUROC of linear probes on the state of the last token after layer l: the shipped backbone against "
         "the same architecture with random weights.")
 
@@ -101,8 +101,7 @@ def feature_weights(run: Run) -> Drawn:
     table = run.label_table(run.profile.seed)
     for row in table[table.reliable.astype(bool)].itertuples():
         labels[row.feature] = row.label.split(";")[0].removeprefix("more often: ")[:28]
-    title = "Head weights and preference agree in sign for most live features"
-    return figures.feature_weights_vs_preference(data, title, labels), data, (
+    return figures.feature_weights_vs_preference(data, "Head weight against preference", labels), data, (
         "Head weight of each live feature against its correlation with preference on RM-Bench, "
         f"seed {run.profile.seed}.")
 
@@ -150,7 +149,7 @@ def dose_response(run: Run) -> Drawn:
     one = _steering(run)
     data = one.analysis.dose_response(one.feature, run.profile.steering.doses, one.target, one.rows,
                                       n_boot=run.profile.steering.bootstrap)
-    return figures.dose_response(data, "Shift is linear in the factor; accuracy is not", used=one.factor), data, (
+    return figures.dose_response(data, "Dose and response", used=one.factor), data, (
         f"Mean shift of T and C and within-prompt accuracy per subset over the factor, seed {run.profile.seed}.")
 
 

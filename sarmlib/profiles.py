@@ -327,6 +327,7 @@ PAPER: dict[str, tuple[Any, str]] = {
         "We pretrain the SAE on hidden activations from Llama-3 models (3B and 8B)"),
     "backbone.layer": (None, "we extract hidden states from the midpoint layer"),
     "corpus.source": ("segyges/OpenWebText2", "sampled from OpenWebText2"),
+    "corpus.dialogue_share": (0.0, "from the final token of each sentence in a general corpus"),
     "sae.vectors": (50_000_000, "using 50M sequences (approximately 1B tokens)"),
     "sae.positions": ("sentence_end", "exclusively on activations from the final token of each sentence"),
     "sae.expansion": (16, "The SAE uses a feature dimension set to $16 \\times$ the hidden size of the LLM"),

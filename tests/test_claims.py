@@ -13,7 +13,7 @@ from sarmlib.errors import ClaimError
 from sarmlib.profiles import load_profile, profile_names
 from tests.helpers import shared_path
 
-ALLOW_PROVISIONAL = True  # set to False as soon as every band has been measured
+ALLOW_PROVISIONAL = False  # set to False as soon as every band has been measured
 
 TOML = """
 [[claim]]
