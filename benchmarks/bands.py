@@ -30,7 +30,7 @@ def per_seed(run: Run) -> dict[str, list[float]]:
         }.items():
             values.setdefault(claim, []).append(value)
     for claim, rival in RIVALS.items():
-        (ours, strata), (theirs, _) = analysis.units(run, "sarm", "rewardbench2"), analysis.units(run, rival, "rewardbench2")
+        (ours, strata), (theirs, _) = (analysis.units(run, name, "rewardbench2") for name in ("sarm", rival))
         groups = [np.array(strata) == name for name in dict.fromkeys(strata)]
         values[claim] = [float(np.mean([row[group].mean() for group in groups])) for row in ours - theirs]
     return values
@@ -42,8 +42,8 @@ def main(seeds: list[int]) -> None:
     run.ensure("labels")
     titles = load_claims()
     print(f"# Toy profile, seeds {', '.join(map(str, seeds))}\n")
-    print("Band: mean ± max(4 sd / √3, 10 % of the mean), cut at the quantity's range; a run's value is a mean of three "
-          "seeds.\n")
+    print("Band: mean ± max(4 sd / √3, 10 % of the mean), cut at the quantity's range; the value of a run is a mean of "
+          "three seeds.\n")
     print("| claim | " + " | ".join(f"seed {s}" for s in seeds) + " | mean [95 %] | band |")
     print("|---" * (len(seeds) + 3) + "|")
     for claim, values in sorted(per_seed(run).items(), key=lambda item: int(item[0][1:])):
