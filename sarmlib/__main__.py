@@ -128,7 +128,7 @@ def doctor(arguments) -> None:
     print(f"{'cores':<14} {os.cpu_count()}\n{'gpu':<14} {device}")
     print(f"{'free disk':<14} {shutil.disk_usage('.').free / 2**30:.0f} GiB")
     for name in profile_names():
-        profile = load_profile(name)
+        profile = load_profile(name, data="." if name == "local" else None)
         print(f"{'profile':<14} {name:<10} {profile.hardware}; {profile.cost}")
     root = _root(arguments)
     print(f"{'artifacts':<14} {len(Store(root).artifacts())} of profile {Path(arguments.profile).stem} in {root}")

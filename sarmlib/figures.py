@@ -153,7 +153,7 @@ def feature_density(rates, title: str = "") -> Figure:
                   ["dead", *[f"$10^{{{int(t)}}}$" if t < 0 else "1" for t in ticks]])
     ax.set(xlabel="activation rate (share of units, log scale)", ylabel="features")
     ax.margins(y=0.1)
-    ax.legend(loc="upper center", bbox_to_anchor=(0.5, 1.22), ncols=1) if any(series) else None
+    ax.legend(loc="upper right") if any(series) else None
     ax.set_title(title)
     return fig
 
@@ -259,7 +259,7 @@ def label_auroc(judged: pd.DataFrame, title: str = "", most=24) -> Figure:
         raise DataError(f"no label has a held-out score ({silent} abstained, {unscored} without enough responses)")
     shown = shown.rename(columns={"auroc_lo": "lo", "auroc_hi": "hi"})
     place = np.arange(len(shown))
-    fig, ax = _axes(PAGE, 1.0 + 0.17 * len(shown))
+    fig, ax = _axes(PAGE, 1.5 + 0.17 * len(shown))
     trivial = shown.filter(["auroc_length", "auroc_reward", "auroc_domain"]).max(axis=1)
     ax.axvline(0.5, color=GREY, lw=0.8, ls=":")
     ax.scatter(trivial, place, marker="^", s=17, facecolors="none", edgecolors=ORANGE, zorder=3, linewidths=0.9,
