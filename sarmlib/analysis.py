@@ -91,6 +91,26 @@ def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind:
     return paired_difference(x, y, strata=strata) if len(x) > 1 else paired_difference(x[0], y[0], strata=strata)
 
 
+def against_chance(run: Run) -> pd.DataFrame:
+    """Is a variant told from chance?  Overall score with interval (percent), what guessing gets, and the verdict.
+
+    Guessing: 1/n in best of n and 0 in Ties (a constant reward under RewardBench 2's rule), a half in RM-Bench."""
+    lines = []
+    for benchmark in present(run):
+        rows = getattr(run.scored(run.profile.variants[0], run.profile.seeds[0]), benchmark)
+        chance = 0.5
+        if benchmark == "rewardbench2":
+            equal = [{**row, "scores": [0.0] * len(row["scores"])} for row in rows]
+            chance = rewardbench2.score(equal)["mean_of_present_subsets"]
+        for variant in run.profile.variants:
+            interval = overall(run, variant, benchmark)
+            above = "above chance" if interval.low > chance else "below chance"
+            told = interval.low > chance or interval.high < chance
+            lines.append((benchmark, VARIANT_NAMES[variant], 100 * interval.estimate, 100 * interval.low,
+                          100 * interval.high, 100 * chance, above if told else "not told from chance"))
+    return pd.DataFrame(lines, columns=["benchmark", "variant", "score", "low", "high", "chance", "verdict"])
+
+
 def variant_table(run: Run) -> pd.DataFrame:
     """One row per variant: held-out pair accuracy and both overall scores, each mean and standard error over seeds."""
     scores, lines = score_table(run), []
@@ -346,6 +366,21 @@ def steering(run: Run, seed: int, factor: float | None = None) -> Steering:
     analysis = SteeringAnalysis(rb_z, rb_units.reward.to_numpy(), w, rb_units.prompt_id.to_numpy())
     return Steering(seed, int(scores.feature.iloc[0]), run.profile.steering.factor if factor is None else factor,
                     scores, stability, analysis, target, rows_from_index(rb_units), rb_units)
+
+
+def feature_meaning(one: Steering) -> pd.DataFrame:
+    """Planted concepts (toy world; empty elsewhere) by how selectively the chosen feature fires in them.
+
+    Columns: concept, n, rate_with and rate_without (share of answers in which the feature is active), difference."""
+    active = one.analysis.activation(one.feature) != 0
+    lines = []
+    for name in sorted({name for row in one.units.concepts for name in row}):
+        true = np.array([name in row for row in one.units.concepts])
+        if true.any() and not true.all():
+            lines.append((name, int(true.sum()), active[true].mean(), active[~true].mean()))
+    table = pd.DataFrame(lines, columns=["concept", "n", "rate_with", "rate_without"])
+    table["difference"] = table.rate_with - table.rate_without
+    return table.sort_values("difference", ascending=False, ignore_index=True)
 
 
 def steering_table(run: Run) -> pd.DataFrame:

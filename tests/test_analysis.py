@@ -342,3 +342,12 @@ def test_scores_of_one_response_by_hand(run):
     assert one.rewards[0] == pytest.approx(row.reward, abs=1e-5)
     assert float((z[[17]] @ run.head("sarm", 1))[0]) == pytest.approx(row.reward, abs=1e-5)
     assert isinstance(z, csr_array)
+
+
+def test_guessing_is_told_from_skill(run):
+    table = analysis.against_chance(run)
+    assert set(table.benchmark) == {"rewardbench2", "rm_bench"}
+    guess = table.set_index("benchmark").chance
+    assert (guess["rm_bench"] == 50).all() and (guess["rewardbench2"] < 25).all()  # Ties: a constant reward gets 0
+    inside = (table.low <= table.chance) & (table.chance <= table.high)
+    assert (inside == (table.verdict == "not told from chance")).all()
