@@ -197,7 +197,9 @@ def _execute(path: Path, out: Path, stamp: str, root: Path, values: dict, data: 
 
 def _watch(process: subprocess.Popen, log: Path, name: str, cells: int, progress: bool) -> None:
     """A bar over the notebook's cells on stderr, with the latest progress line from inside it."""
-    with tqdm(total=cells, desc=name, unit="cell", disable=not progress, mininterval=0) as bar:
+    quiet_for = 0.2 if sys.stderr.isatty() else 10.0  # a log file needs no animation
+    with tqdm(total=cells, desc=name, unit="cell", disable=not progress, mininterval=quiet_for) as bar:
+        shown = time.monotonic()
         with open(log, errors="replace") as lines:
             while True:
                 ended = process.poll() is not None
@@ -207,7 +209,9 @@ def _watch(process: subprocess.Popen, log: Path, name: str, cells: int, progress
                         bar.set_postfix_str("", refresh=False)
                     elif "%|" in line:
                         bar.set_postfix_str(line.strip().split("|")[0][-40:], refresh=False)
-                bar.refresh()
+                if ended or time.monotonic() - shown >= quiet_for:
+                    bar.refresh()
+                    shown = time.monotonic()
                 if ended:
                     return
                 time.sleep(0.2)
