@@ -73,7 +73,7 @@ badges: $(STAMP)  ## write Colab and Jupyter links: make badges REPO=owner/name
 	@test -n "$(REPO)" || { echo "error: make badges REPO=owner/name" >&2; exit 1; }
 	$(PY) -m sarmlib badges --repo "$(REPO)"
 
-verify: $(STAMP)  ## check the checksums of every stored artifact
+verify: $(STAMP)  ## which claims hold in the last run, and whether every stored artifact is whole
 	$(PY) -m sarmlib verify --profile $(PROFILE) --runs $(RUNS)
 
 # Packages of CUDA are left out of the lock: the ordinary Linux wheel of torch names its own exact versions, and
