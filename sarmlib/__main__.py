@@ -27,13 +27,12 @@ def _run(arguments):
 
 def reproduce(arguments) -> None:
     """Run every notebook with a profile; print times, figures and a verdict on each claim."""
-    from .artifacts import default_root
     from .profiles import load_profile
     from .runner import run_notebooks
     root = _root(arguments)
     profile = load_profile(arguments.profile, data=arguments.data)
-    names = [f"{number}" for number in arguments.notebooks] if arguments.notebooks else None
-    runs = run_notebooks(arguments.profile, names, runs=root.parent, data=profile.data, force=arguments.force)
+    runs = run_notebooks(arguments.profile, arguments.notebooks, runs=root.parent, data=profile.data,
+                         force=arguments.force)
     fresh = any(run.status == "ran" for run in runs)
     for one in runs:
         print(f"{one.name:<26} {one.status:<10} {one.seconds:6.0f} s   {one.output}")
@@ -41,7 +40,7 @@ def reproduce(arguments) -> None:
         times = _run(arguments).stage_times()
         print("\nwork per stage (processor seconds of all jobs; two run side by side), and peak memory:")
         print(times.round({"seconds": 1, "peak_mib": 0}).to_string())
-    print(f"\nfigures: {default_root(profile.name) / 'figures'}\n")
+    print(f"\nfigures: {root / 'figures'}\n")
     verify(arguments)
 
 
@@ -149,7 +148,7 @@ def _parser() -> argparse.ArgumentParser:
     command = add(reproduce)
     command.add_argument("--data", help="your folder, for profiles whose sources are 'data'")
     command.add_argument("--force", action="store_true", help="run unchanged notebooks too")
-    command.add_argument("--notebooks", nargs="*", help="only these (names without .ipynb)")
+    command.add_argument("--notebooks", nargs="+", help="only these (names without .ipynb)")
     for function in (verify, figures, report, doctor):
         add(function)
     commands.choices["figures"].add_argument("--data", help="your folder, for profiles whose sources are 'data'")

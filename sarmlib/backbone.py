@@ -151,7 +151,7 @@ def _hub_reachable(timeout: float = 3.0) -> bool:
 
 @contextmanager
 def _quiet_loading():
-    """Hide the report on unread weights: the layers above l are left out on purpose."""
+    """No progress bar and no load report: layers above l are left out on purpose, and the rest is raised as errors."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()

@@ -15,6 +15,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -78,6 +79,7 @@ class Run:
         self.profile = load_profile(profile, data=data) if isinstance(profile, str) else profile
         self.store = Store(root or default_root(self.profile.name), read_only=read_only)
         self.progress = progress
+        self._scored: dict[tuple[str, int], Scored] = {}
 
     # -- inputs ------------------------------------------------------------------------------------------------
 
@@ -276,7 +278,7 @@ class Run:
                                  encoder_bias=spec.encoder_bias, relu=spec.relu, device=self.device,
                                  resume_dir=folder / "checkpoint", progress=self.progress)
         trained.save(folder / "sae")
-        _remove(folder / "checkpoint")
+        shutil.rmtree(folder / "checkpoint", ignore_errors=True)
         write_atomic(folder / "log.json", json.dumps(log))
         return evaluate_sae(trained, held_out)
 
@@ -365,7 +367,14 @@ class Run:
         return {"truncation": spec.max_length}
 
     def scored(self, variant: str, seed: int) -> Scored:
-        """Scores joined to the benchmark rows: scored rows for the benchmark's scorer, units and z for analysis."""
+        """Scores joined to the benchmark rows: scored rows for the benchmark's scorer, units and z for analysis.
+
+        Checked and read once per Run: a notebook asks for the same scores dozens of times."""
+        if (variant, seed) not in self._scored:
+            self._scored[variant, seed] = self._read_scored(variant, seed)
+        return self._scored[variant, seed]
+
+    def _read_scored(self, variant: str, seed: int) -> Scored:
         arrays = load_arrays(self.scores(variant, seed).file("scores.safetensors"))
         rows, frames, blocks, scored = self.benchmark_rows(), [], [], {}
         for name in ("rewardbench2", "rm_bench"):
@@ -606,8 +615,3 @@ def _write_jsonl(path: Path, rows: list[dict]) -> None:
 def _read_jsonl(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8")  # not splitlines: a text may hold U+2028 or U+0085
     return [json.loads(line) for line in text.split("\n") if line]
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-    shutil.rmtree(folder, ignore_errors=True)

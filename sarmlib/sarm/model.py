@@ -13,7 +13,6 @@ import copy
 import inspect
 import json
 import os
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,9 +21,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
-from transformers.utils import logging as hf_logging
 
-from ..backbone import _from_hub, load_backbone, n_layers, strip_final_norm
+from ..backbone import _from_hub, _quiet_loading, load_backbone, n_layers, strip_final_norm
 from ..chat import reward_position
 from ..errors import ConfigError, DataError, ModelError, OfflineError
 from ..sae.model import SparseCode, TopKSAE, write_atomic
@@ -164,7 +162,7 @@ class _RewardModel(PreTrainedModel):
         """
         kwargs.setdefault("ignore_mismatched_sizes", True)  # reported below, together with the other kinds
         try:
-            with _quiet():
+            with _quiet_loading():
                 model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
         except OSError as error:
             if path is None or os.path.isdir(path):
@@ -182,7 +180,7 @@ class _RewardModel(PreTrainedModel):
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
-        with _quiet():
+        with _quiet_loading():
             return super().save_pretrained(*args, **kwargs)
 
     def freeze(self) -> None:
@@ -375,20 +373,6 @@ def export_with_code(model: SarmForSequenceClassification, folder: str | os.Path
     write_atomic(folder / "modeling_sarm.py", lambda path: path.write_text(source))
     write_atomic(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     return folder
-
-
-@contextmanager
-def _quiet():
-    """No progress bar and no load report: what would be wrong is raised as an error instead."""
-    level, bar = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
-    hf_logging.set_verbosity_error()
-    hf_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bar:
-            hf_logging.enable_progress_bar()
 
 
 for _config, _model in ((SarmConfig, SarmForSequenceClassification), (ScalarRewardConfig, ScalarRewardModel)):
