@@ -58,7 +58,7 @@ def _setting(run: Run) -> str:
 
 @_add
 def sae_training(run: Run) -> Drawn:
-    log = analysis.sae_logs(run, run.profile.seed)
+    log = analysis.sae_logs(run, run.profile.seed).drop(columns="seconds")  # not the same on every run
     return figures.sae_training(log, "SAE pretraining"), log, (
         "SAE pretraining: normalised error, variance unexplained and dead features over steps, "
         f"seed {run.profile.seed}, for the SAE on sentence ends and the token-level SAE.")

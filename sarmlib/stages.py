@@ -34,7 +34,7 @@ from safetensors.numpy import save_file as save_arrays
 from scipy.sparse import csr_array
 from tqdm import tqdm
 
-from .artifacts import Artifact, Store, default_root, hash_file, hash_json, write_atomic
+from .artifacts import Artifact, Store, code_version, default_root, hash_file, hash_json, write_atomic
 from .errors import ConfigError, DataError, NotMadeError
 from .profiles import Profile, load_profile
 
@@ -480,8 +480,12 @@ class Run:
         return pd.DataFrame([{**name, **done[n]} for n, name in enumerate(names)])
 
     def stage_times(self) -> pd.DataFrame:
-        """Seconds of work and peak memory per stage, over all artifacts of this store, as their manifests say."""
-        manifests = [json.loads((p / "manifest.json").read_text()) for p in self.store.artifacts()]
+        """Seconds of work and peak memory per stage, from the manifests of artifacts of the present code and inputs."""
+        found = [json.loads((p / "manifest.json").read_text()) for p in self.store.artifacts()]
+        stale = {m["key"] for m in found if m["code"] != code_version(CODE[m["stage"]])}
+        while more := {m["key"] for m in found if stale & set(m["inputs"].values())} - stale:
+            stale |= more
+        manifests = [m for m in found if m["key"] not in stale]
         frame = pd.DataFrame([{"stage": m["stage"], "seconds": m["wall_s"], "peak_mib": m["peak_rss_mib"]}
                               for m in manifests])
         grouped = frame.groupby("stage", sort=False)
