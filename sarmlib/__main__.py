@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
+import pkgutil
 import re
 import sys
 from pathlib import Path
 
+from . import commands as extra_commands
 from .errors import ConfigError, SarmlibError
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -155,6 +158,11 @@ def _parser() -> argparse.ArgumentParser:
     add(notebooks, profile=False).add_argument("names", nargs="*", help="only these (names without .ipynb)")
     add(backbone, profile=False).add_argument("--work", default="runs/backbone", help="folder of its checkpoints")
     add(badges, profile=False).add_argument("--repo", required=True, help="owner/name of the public repository")
+    for module in sorted(pkgutil.iter_modules(extra_commands.__path__), key=lambda found: found.name):
+        one = importlib.import_module(f"{extra_commands.__name__}.{module.name}")
+        command = commands.add_parser(module.name.replace("_", "-"), help=one.HELP, description=one.HELP)
+        command.set_defaults(function=one.run)
+        one.add_arguments(command)
     return parser
 
 

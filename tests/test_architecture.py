@@ -28,6 +28,7 @@ FLOORS = [
     ["sarmlib.stages"],
     ["sarmlib.analysis"],
     ["sarmlib.gallery", "sarmlib.report"],
+    ["sarmlib.commands"],
     ["sarmlib.__main__"],
 ]
 HEAVY = {"transformers", "datasets", "matplotlib", "seaborn", "trl", "wandb", "pandas", "scipy", "torch", "papermill"}
