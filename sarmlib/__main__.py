@@ -174,6 +174,13 @@ def main(argv: list[str] | None = None) -> int:
     except SarmlibError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        from .artifacts import STORAGE
+        if error.errno not in STORAGE:
+            raise
+        print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}; {STORAGE[error.errno]}",
+              file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print("interrupted; finished stages are kept, run the same command to go on", file=sys.stderr)
         return 130

@@ -10,6 +10,7 @@ artifact whose files do not match its manifest is rebuilt, never read.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import hashlib
 import json
 import logging
@@ -33,6 +34,12 @@ from sarmlib.errors import ArtifactError, NotMadeError
 log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 _STALE_SECONDS = 24 * 3600
+STORAGE = {errno.ENOSPC: "free some disk space or name another folder with --runs",
+           errno.EDQUOT: "free some of your quota or name another folder with --runs",
+           errno.EACCES: "make the folder writable or name another one with --runs",
+           errno.EPERM: "make the folder writable or name another one with --runs",
+           errno.EROFS: "name a folder on a writable disk with --runs"}
+"""Error numbers of a disk that takes no more, and the cure."""
 
 
 def default_root(profile: str = "toy") -> Path:
@@ -216,13 +223,16 @@ class Store:
         work = final.with_name(f".partial-{final.name}")  # the lock is ours, so whatever is there was left by a kill
         if not resumable:
             shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(exist_ok=True)
         start = time.perf_counter()
         try:
+            work.mkdir(exist_ok=True)
             meta = make(work) or {}
-        except BaseException:
+        except BaseException as error:
             if not resumable:
                 shutil.rmtree(work, ignore_errors=True)
+            if isinstance(error, OSError) and error.errno in STORAGE:
+                raise ArtifactError(f"{stage}/{final.name} cannot be stored under {self.root}: {error.strerror}; "
+                                    f"{STORAGE[error.errno]}, then run the same command again") from error
             raise
         plain = canonical(settings)
         manifest = {
@@ -266,7 +276,11 @@ class Store:
 
     def verify(self) -> dict[str, list[str]]:
         """``"stage/key" -> problems`` of every artifact below the root; an empty list means whole."""
-        return {f"{p.parent.name}/{p.name}": _problems(p) for p in self.artifacts()}
+        return {name: self.problems(name) for name in (f"{p.parent.name}/{p.name}" for p in self.artifacts())}
+
+    def problems(self, name: str) -> list[str]:
+        """What is wrong with artifact ``"stage/key"``; an empty list means whole."""
+        return _problems(self.root / name)
 
 
 def _fingerprints(folder: Path) -> dict[str, dict]:

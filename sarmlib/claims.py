@@ -165,8 +165,8 @@ class Claims:
         self._store(claim, ok=ok, value=None, interval=None, band=None, reason=reason)
 
     def record(self, name: str, value: Any) -> None:
-        """Keep another number, list or dict beside the claims, for the report."""
-        self.numbers[name] = value
+        """Keep another number, list or dict beside the claims, for the report (NaN and infinity as null)."""
+        self.numbers[name] = _finite(value)
         self._write()
 
     def close(self) -> None:
@@ -212,6 +212,14 @@ def _ends(claim: Claim, value: float, interval: Any) -> tuple[float | None, floa
 
 def _plain(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return _plain(value) if isinstance(value, float) else value
 
 
 def verdicts(results_dir: str | Path, path: str | Path = FILE) -> pd.DataFrame:

@@ -17,11 +17,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from sarmlib.artifacts import Store, default_root, hash_file, hash_json, peak_rss_mib, write_json
@@ -124,11 +126,28 @@ def run_notebooks(profile: str | Path = "toy", names: Sequence[str] | None = Non
     for path in sources:
         out = root / "notebooks" / path.name
         stamp = hash_json([*base, _source(path)])
-        done = None if force else _finished(out, stamp, root)
-        results.append(done or _execute(path, out, stamp, root, values, loaded.data, progress, timeout))
+        with _alone(out):
+            done = None if force else _finished(out, stamp, root)
+            results.append(done or _execute(path, out, stamp, root, values, loaded.data, progress, timeout))
     if check and (failed := [r for r in results if r.status == "failed"]):
         raise SarmlibError("\n\n".join(f"{r.name} failed; see {r.output}\n{r.error}" for r in failed))
     return results
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """One process at a time executes a notebook into ``out``; a second one waits, and then finds it done."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.stem}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"{out.stem} is being run by another process; waiting for it", file=sys.stderr)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _source(path: Path) -> list:
@@ -153,7 +172,7 @@ def _finished(out: Path, stamp: str, root: Path) -> NotebookRun | None:
         whole = last["run"]["status"] != "failed" and last["stamp"] == stamp and last["sha256"] == hash_file(out)
     except (OSError, ValueError, KeyError):
         return None
-    if not whole or not all((root / a).is_dir() for a in last["artifacts"]):
+    if not whole or any(Store(root).problems(a) for a in last["artifacts"]):
         return None
     return NotebookRun(**{**last["run"], "status": "unchanged"})
 
