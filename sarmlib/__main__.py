@@ -169,6 +169,9 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run one command; errors of the library are printed as one sentence, exit status 1."""
     arguments = _parser().parse_args(argv)
+    if bad := [value for value in vars(arguments).values() if isinstance(value, str) and "\0" in value]:
+        print(f"error: {bad[0]!r} holds a null character; no file or setting can have one", file=sys.stderr)
+        return 1
     try:
         arguments.function(arguments)
     except SarmlibError as error:

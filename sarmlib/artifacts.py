@@ -296,8 +296,8 @@ def _fingerprints(folder: Path) -> dict[str, dict]:
 
 def _problems(path: Path) -> list[str]:
     try:
-        expected = json.loads((path / MANIFEST).read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        expected = dict(json.loads((path / MANIFEST).read_text())["files"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         return [f"{MANIFEST} is unreadable ({type(error).__name__})"]
     try:
         found = _fingerprints(path)

@@ -80,7 +80,7 @@ def load_claims(path: str | Path = FILE) -> dict[str, Claim]:
     """``id -> Claim`` in the file's order; ClaimError names what is missing, unknown or double."""
     try:
         entries = tomllib.loads(Path(path).read_text(encoding="utf-8"))["claim"]
-    except (OSError, tomllib.TOMLDecodeError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RecursionError) as error:
         raise ClaimError(f"claims file {path} cannot be read: {error!r}") from error
     claims: dict[str, Claim] = {}
     for entry in entries:
@@ -233,7 +233,10 @@ def verdicts(results_dir: str | Path, path: str | Path = FILE) -> pd.DataFrame:
     from sarmlib.evaluation.statistics import UNDECIDED, verdict
     found: dict[str, dict] = {}
     for file in sorted(Path(results_dir).glob("*.json")):
-        found.update(json.loads(file.read_text()).get("claims", {}))
+        try:
+            found.update(json.loads(file.read_text(encoding="utf-8"))["claims"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ClaimError(f"results file {file} is damaged ({error!r}); `make reproduce` writes it again") from error
     rows = []
     for claim in load_claims(path).values():
         result = found.get(claim.id, {"value": None, "interval": None, "ok": None})

@@ -371,7 +371,7 @@ def load_profile(name_or_path: str | Path = "toy", *, data: str | Path | None = 
             raise ConfigError(f"unknown profile {str(name_or_path)!r}{_closest(str(name_or_path), profile_names())}")
     try:
         raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"profile {path} cannot be read: {error}") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"profile {path} must be a mapping of settings, got {type(raw).__name__}")

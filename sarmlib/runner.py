@@ -169,7 +169,7 @@ def _fingerprint(folder: str | Path | None) -> list:
 def _finished(out: Path, stamp: str, root: Path) -> NotebookRun | None:
     try:
         last = json.loads(out.with_suffix(".run.json").read_text())
-        whole = last["run"]["status"] != "failed" and last["stamp"] == stamp and last["sha256"] == hash_file(out)
+        whole = last["run"]["status"] != "failed" and last["stamp"] == stamp and last["sha256"] == _sums(out, root)
     except (OSError, ValueError, KeyError):
         return None
     if not whole or any(Store(root).problems(a) for a in last["artifacts"]):
@@ -210,8 +210,14 @@ def _execute(path: Path, out: Path, stamp: str, root: Path, values: dict, data: 
                       str(log), error, peak_rss_mib())
     kept = [p.relative_to(root).as_posix() for p in Store(root).artifacts()]
     write_json(record, {"run": asdict(run), "stamp": "" if error else stamp, "artifacts": kept,
-                        "sha256": hash_file(out) if out.exists() else ""})
+                        "sha256": _sums(out, root) if out.exists() else []})
     return run
+
+
+def _sums(out: Path, root: Path) -> list[str]:
+    """Checksums of an executed notebook and of the claims it checked."""
+    results = root / "results" / f"{out.stem}.json"
+    return [hash_file(path) for path in (out, results) if path == out or path.exists()]
 
 
 def _watch(process: subprocess.Popen, log: Path, name: str, cells: int, progress: bool) -> None:

@@ -84,7 +84,7 @@ def iter_rows(path: str | Path, columns: list[str] | None = None) -> Iterator[ob
                     text = handle.read()
                     try:
                         rows = json.loads(text)
-                    except json.JSONDecodeError:
+                    except (json.JSONDecodeError, RecursionError):
                         rows = None  # perhaps JSON Lines under the wrong name
                     if isinstance(rows, list):
                         yield from rows
@@ -101,7 +101,7 @@ def iter_rows(path: str | Path, columns: list[str] | None = None) -> Iterator[ob
         raise DataError(f"{path} is damaged or not UTF-8 ({error}); fetch it again") from None
     except OSError as error:  # also pyarrow's errors about damaged Parquet
         raise DataError(f"{path} cannot be read: {error}") from None
-    except ValueError as error:
+    except (ValueError, NotImplementedError, LookupError) as error:  # of pyarrow, about damaged Parquet
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path} cannot be read: {error}") from None
@@ -207,5 +207,5 @@ def _probe(repo: str, revision: str) -> Exception | None:
 def _parse(line: str) -> object:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         return DataError(f"is not JSON: {error}; the line starts {line[:40]!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -129,7 +130,7 @@ def _classify(path: Path) -> tuple[str | None, str]:
                 long = len(handle.read(20_000).split()) >= 200
             return ("corpus", "") if long else (None, "fewer than 200 words")
         row = _first_row(path)
-    except (DataError, OSError, EOFError, StopIteration) as error:
+    except (OSError, EOFError, StopIteration, ValueError, RecursionError, zlib.error) as error:
         return None, f"unreadable or empty: {error}"
     if isinstance(row, str):
         return "corpus", ""

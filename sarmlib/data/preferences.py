@@ -199,11 +199,13 @@ def _windows(text: str, n: int) -> set[int]:
 
 def _messages(value, name: str) -> list[dict]:
     """[{role, content}] from a chat list; ShareGPT's from/value and human/gpt are translated."""
+    if not isinstance(value, (list, tuple)):
+        raise DataError(f"field {name!r} is {repr(value)[:60]}; a list of messages is needed")
     messages = []
     for i, item in enumerate(value):
         role, content = ((item.get("role", item.get("from")), item.get("content", item.get("value")))
                          if isinstance(item, dict) else (None, None))
-        role = _ROLES.get(role, role)
+        role = _ROLES.get(role, role) if isinstance(role, str) else None
         if role not in ("system", "user", "assistant") or not isinstance(content, str):
             raise DataError(f"field {name!r}, turn {i} is {repr(item)[:80]}; role system, user or assistant and text "
                             "content are needed")

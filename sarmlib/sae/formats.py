@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
 import re
 from pathlib import Path
 
@@ -51,7 +50,7 @@ def load_official(path: str | os.PathLike, k: int | None = None) -> TopKSAE:
         k = int(found[1])
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+    except Exception as error:  # the unpickler answers damaged bytes with errors of every kind
         raise ModelError(f"{str(path)!r} is not a readable torch file of plain tensors: {error}") from error
     W_enc, W_dec, b_pre, b_enc = _take(path, state, "encoder.weight", "decoder.weight", "pre_bias", "latent_bias")
     return from_tensors(W_enc, W_dec.T, b_pre, b_enc, k, relu=False, normalize=True)
@@ -133,9 +132,12 @@ def load_sparsify(folder: str | os.PathLike) -> TopKSAE:
 
 def _read_folder(folder: Path, config: str, weights: str) -> tuple[dict, dict[str, Tensor]]:
     try:
-        return json.loads((folder / config).read_text()), load_file(folder / weights)
-    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        settings, state = json.loads((folder / config).read_text()), load_file(folder / weights)
+    except (OSError, ValueError, RecursionError, SafetensorError) as error:
         raise ModelError(f"{str(folder)!r} holds no readable {config} and {weights}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ModelError(f"{str(folder / config)!r} holds a {type(settings).__name__}; an object is needed")
+    return settings, state
 
 
 def _take(source, state, *names: str) -> list[Tensor]:

@@ -201,9 +201,9 @@ class TopKSAE(nn.Module):
         try:
             settings = json.loads((folder / CONFIG).read_text())
             state = load_file(folder / WEIGHTS, device=str(device))
-        except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError, SafetensorError) as error:
             raise ModelError(f"{str(folder)!r} holds no readable SAE ({WEIGHTS} + {CONFIG}): {error}") from error
-        if settings.pop("format", None) != "sarmlib.topk_sae.v1":
+        if not isinstance(settings, dict) or settings.pop("format", None) != "sarmlib.topk_sae.v1":
             raise ModelError(f"{str(folder / CONFIG)!r} has not the format 'sarmlib.topk_sae.v1'")
         try:
             with torch.device("meta"):

@@ -24,7 +24,7 @@ from transformers.utils import ModelOutput
 
 from ..backbone import _from_hub, _quiet_loading, load_backbone, n_layers, strip_final_norm
 from ..chat import reward_position
-from ..errors import ConfigError, DataError, ModelError, OfflineError
+from ..errors import ConfigError, DataError, ModelError, OfflineError, SarmlibError
 from ..sae.model import SparseCode, TopKSAE, write_atomic
 
 
@@ -169,6 +169,10 @@ class _RewardModel(PreTrainedModel):
                 raise ModelError(f"cannot load a reward model from {str(path)!r}: {error}") from error
             raise OfflineError(f"reward model {str(path)!r} is neither a local folder nor reachable on the hub; "
                                "pass the path of a downloaded folder") from error
+        except SarmlibError:
+            raise
+        except Exception as error:  # damaged weights or settings: safetensors, the hub's and torch's own classes
+            raise ModelError(f"cannot load a reward model from {str(path)!r}: {error!r}") from error
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if info.get(kind):
                 names = sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}, not {tuple(key[2])}"

@@ -14,11 +14,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from ..backbone import cut_config, n_layers
 from ..errors import ConfigError, ModelError
 from ..sae.formats import load_official
+from ..sae.model import write_atomic
 from .model import SarmConfig, SarmForSequenceClassification
 
 SAE_NAMES = {"sae.pre_bias": "sae.b_pre", "sae.latent_bias": "sae.b_enc", "sae.encoder.weight": "sae.W_enc",
@@ -41,6 +43,8 @@ def official_settings(path, *, layer: int | None = None, k: int | None = None, t
               "n_features": _in_name(name, r"_?Latent(\d+)"), "top_k": _top_k_in_name(name)}
     source = {key: "directory name" for key, value in stored.items() if value is not None}
     param = config.get("sarm_param") or {}
+    if not isinstance(param, dict):
+        raise ConfigError(f"sarm_param in config.json of {str(path)!r} is {param!r}; an object is needed")
     keys = {"layer": "sae_source_layer", "k": "sae_k", "n_features": "sae_latent_size", "top_k": "sarm_use_activation"}
     for key, official in {**keys, "top_k_old": "sarm_use_topk"}.items():
         if param.get(official) is not None:
@@ -58,6 +62,9 @@ def official_settings(path, *, layer: int | None = None, k: int | None = None, t
         raise ConfigError(f"{', '.join(missing)} of {str(path)!r} cannot be found: config.json has no sarm_param, and "
                           "the directory name does not say (pattern ..._Latent<M>_Layer<l>_K<k>_..._TopK). Pass "
                           + ", ".join(f"{key}=" for key in missing))
+    for key in ("layer", "k", "n_features"):
+        if stored[key] is not None and (type(stored[key]) is not int or stored[key] < 1):
+            raise ConfigError(f"{key} = {stored[key]!r} ({source[key]} of {str(path)!r}): a whole number is needed")
     return {**stored, "top_k": bool(stored["top_k"]), "source": source}
 
 
@@ -77,7 +84,10 @@ def load_released(path, layer: int | None = None, k: int | None = None, top_k: b
     settings = official_settings(path, layer=layer, k=k, top_k=top_k)
     declared = _read_json(path / "config.json")
     family = {key: value for key, value in declared.items() if key not in ("architectures", "auto_map", "sarm_param")}
-    backbone = AutoConfig.for_model(family.pop("model_type", "llama"), **family)
+    try:
+        backbone = AutoConfig.for_model(family.pop("model_type", "llama"), **family)
+    except Exception as error:  # transformers' own validation, which has many classes
+        raise ModelError(f"config.json of {str(path)!r} is not a backbone's: {error}") from error
     if settings["layer"] > n_layers(backbone):
         raise ConfigError(f"layer={settings['layer']} but config.json of {str(path)!r} has {n_layers(backbone)} layers")
     backbone = cut_config(backbone, settings["layer"])
@@ -105,6 +115,31 @@ def merge_official(base, sae_file, *, layer: int | None = None, k: int | None = 
         raise ConfigError(f"the name {Path(sae_file).name!r} has no '_Layer<number>_'; pass layer=")
     return SarmForSequenceClassification.from_backbone_and_sae(base, load_official(sae_file, k), layer, topk=top_k,
                                                                dtype=dtype)
+
+
+def save_official(model: SarmForSequenceClassification, folder) -> Path:
+    """Write a SARM over a Llama as the authors' directories are: their tensor names, settings in ``sarm_param``.
+
+    Their encoder has a bias and keeps the sign of its k largest values; rewards are the same wherever the k-th is
+    positive, which `load_released` of the result shows.  Raises ModelError for another family or an affine-free SAE.
+    """
+    config = model.config.backbone_config
+    if config.model_type != "llama" or not model.sae.settings()["normalize"]:
+        raise ModelError(f"the official layout holds Llama backbones with a normalising SAE; this one is "
+                         f"{config.model_type!r}, {model.sae.settings()}")
+    ours = {new: old for old, new in SAE_NAMES.items()}
+    state = {ours.get(name, name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    state["sae.decoder.weight"] = state["sae.decoder.weight"].T.contiguous()
+    state.setdefault("sae.latent_bias", torch.zeros(model.config.n_features, dtype=state["score.weight"].dtype))
+    state["model.norm.weight"] = torch.ones(config.hidden_size, dtype=state["score.weight"].dtype)
+    settings = {**config.to_dict(), "architectures": ["LlamaSARM"], "sarm_param": {
+        "sae_source_layer": model.config.layer, "sae_k": model.config.k, "sae_latent_size": model.config.n_features,
+        "sarm_use_activation": model.config.topk}}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
+    write_atomic(folder / "config.json", lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    return folder
 
 
 def _read_weights(path: Path, layer: int) -> dict[str, torch.Tensor]:
@@ -140,6 +175,9 @@ def _top_k_in_name(name: str) -> bool | None:
 
 def _read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"cannot read {str(path)!r}: {error}") from error
+    if not isinstance(found, dict):
+        raise ModelError(f"{str(path)!r} holds a {type(found).__name__}; an object is needed")
+    return found

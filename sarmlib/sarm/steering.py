@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import math
+import numbers
 
 import numpy as np
 import pandas as pd
@@ -108,10 +109,11 @@ def steer(model, factors: dict[int, float]):
     """
     weight = _head(model)
     for feature, factor in factors.items():
-        if not (isinstance(feature, (int, np.integer)) and 0 <= feature < weight.shape[1]):
+        whole = isinstance(feature, (int, np.integer)) and not isinstance(feature, bool)
+        if not (whole and 0 <= feature < weight.shape[1]):
             raise ConfigError(f"feature {feature!r} is not an integer in 0..{weight.shape[1] - 1}")
-        if not math.isfinite(factor):
-            raise ConfigError(f"factor {factor!r} of feature {feature} is not finite")
+        if not (isinstance(factor, numbers.Real) and math.isfinite(factor)):
+            raise ConfigError(f"factor {factor!r} of feature {feature} is not a finite number")
     edited = copy.deepcopy(model)
     head, edits = _head(edited).data, []
     for feature, factor in factors.items():
@@ -142,15 +144,26 @@ def table_from_scores(reward, reward_steered, active, is_target, *, group=None, 
     the data (default "T" or "C").  Raises DataError for unequal lengths, non-finite rewards, or an inactive response
     whose reward moved (then the edit was not a scaling of that feature).
     """
-    size = len(np.asarray(reward))
+    size = len(reward) if hasattr(reward, "__len__") else 0
     columns = {"reward": reward, "reward_steered": reward_steered, "active": active, "is_target": is_target,
                "group": np.arange(size) if group is None else group,
-               "category": np.where(is_target, "T", "C") if category is None else category}
-    lengths = {name: len(np.asarray(values)) for name, values in columns.items()}
+               "category": [""] * size if category is None else category}
+    try:
+        columns = {name: np.asarray(values) for name, values in columns.items()}
+    except ValueError as error:
+        raise DataError(f"a column holds values of unequal shape: {error}") from None
+    if deep := [name for name, values in columns.items() if values.ndim != 1]:
+        raise DataError(f"column {deep[0]!r} has {columns[deep[0]].ndim} dimensions; one value per response is needed")
+    lengths = {name: len(values) for name, values in columns.items()}
     if len(set(lengths.values())) != 1:
         raise DataError(f"columns of unequal length: {lengths}")
-    table = pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})
-    table = table.astype({"reward": float, "reward_steered": float, "active": bool, "is_target": bool})
+    kinds = {"reward": float, "reward_steered": float, "active": bool, "is_target": bool}
+    try:
+        table = pd.DataFrame(columns).astype(kinds)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"rewards must be numbers, active and is_target true or false: {error}") from None
+    if category is None:
+        table["category"] = np.where(table.is_target, "T", "C")
     if not np.isfinite(table[["reward", "reward_steered"]]).all(axis=None):
         raise DataError("rewards hold NaN or infinity; rescore those responses")
     moved = ~table["active"] & (table["reward"] != table["reward_steered"])
