@@ -49,8 +49,9 @@ reproduce: $(STAMP)  ## run the whole paper: PROFILE=toy (default), or PROFILE=l
 	$(PY) -m sarmlib reproduce --profile $(PROFILE) --runs $(RUNS) $(if $(DATA),--data "$(DATA)")
 
 # nbval gets a fresh, empty artifact folder, so that the notebooks train instead of reading a cache.
-test: $(STAMP)  ## lint, unit tests, and every notebook re-executed and compared with its committed output
+test: $(STAMP)  ## lint, types, unit tests, and every notebook re-executed and compared with its committed output
 	$(PY) -m ruff check .
+	$(PY) -m mypy --no-error-summary
 	$(PY) -m pytest -q -n 2 --dist loadfile tests
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	if ls notebooks/*.ipynb >/dev/null 2>&1; then \
@@ -88,7 +89,7 @@ lock:  ## pin requirements.lock again from pyproject.toml (needs uv)
 	mv requirements.lock.new requirements.lock; rm -f requirements.lock.tmp
 
 clean:  ## remove runs and caches
-	rm -rf $(RUNS) build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(RUNS) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 distclean: clean  ## remove .venv too

@@ -13,7 +13,8 @@ from pathlib import Path
 from . import commands as extra_commands
 from .errors import ConfigError, SarmlibError
 
-REPOSITORY = Path(__file__).resolve().parents[1]
+_CHECKOUT = Path(__file__).resolve().parents[1]
+REPOSITORY = _CHECKOUT if (_CHECKOUT / "pyproject.toml").exists() else Path.cwd()
 
 
 def _root(arguments) -> Path:
@@ -34,6 +35,7 @@ def reproduce(arguments) -> None:
     from .runner import run_notebooks
     root = _root(arguments)
     profile = load_profile(arguments.profile, data=arguments.data)
+    _run(arguments).check_hub()
     runs = run_notebooks(arguments.profile, arguments.notebooks, runs=root.parent, data=profile.data,
                          force=arguments.force)
     fresh = any(run.status == "ran" for run in runs)
@@ -89,7 +91,7 @@ def report(arguments) -> None:
     folder = _root(arguments) / "results"
     parts = {"claims": claims_markdown(verdicts(folder)), "results": results_markdown(folder)}
     for name, text in parts.items():
-        if Path(arguments.profile).stem == "toy":
+        if Path(arguments.profile).stem == "toy" and (REPOSITORY / "README.md").exists():
             replace_between(REPOSITORY / "README.md", name, text)
         print(text, end="\n\n")
 

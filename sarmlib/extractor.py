@@ -145,11 +145,12 @@ class ActivationExtractor:
 
     @torch.no_grad()
     def iter_activations(
-        self, texts: Iterable[str | list[int]], max_vectors: int | None = None
+        self, texts: Iterable[str | list[int]], max_vectors: int | None = None, *, allow_empty: bool = False
     ) -> Iterator[Tensor]:
         """Yield states as [n, d] tensors, one per forward pass, until ``texts`` or ``max_vectors`` is used up.
 
-        Raises DataError for an empty corpus, a rule that selects nothing, or a state that is not finite.
+        Raises DataError for an empty corpus or a rule that selects nothing (not with ``allow_empty``, for parts of a
+        corpus), and for a state that is not finite.
         """
         given, documents, clock = 0, 0, time.perf_counter()
         for batch, n_documents in self._batches(texts):
@@ -166,6 +167,8 @@ class ActivationExtractor:
             clock = time.perf_counter()
             if max_vectors is not None and given >= max_vectors:
                 return
+        if allow_empty:
+            return
         if documents == 0:
             raise DataError("the corpus holds no text; pass at least one non-empty document")
         if given == 0:
@@ -302,9 +305,9 @@ class ActivationExtractor:
 
 def _split_rows(rows: list[list], budget: int) -> Iterator[list[list]]:
     """Rows of similar length in batches of at most ``budget`` tokens, padding included."""
-    rows = sorted(((sum(len(ids) for ids, _ in row), row) for row in rows), key=lambda pair: -pair[0])
+    sized = sorted(((sum(len(ids) for ids, _ in row), row) for row in rows), key=lambda pair: -pair[0])
     batch, longest = [], 0
-    for length, row in rows:
+    for length, row in sized:
         longest = longest or length
         if batch and (len(batch) + 1) * longest > budget:
             yield batch

@@ -12,6 +12,7 @@ import io
 import os
 import textwrap
 from pathlib import Path
+from typing import cast
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -19,6 +20,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from scipy.stats import gaussian_kde
 from scipy.stats import t as student_t
 
@@ -534,7 +536,7 @@ def save_figure(fig: Figure, name: str, folder, data: pd.DataFrame, caption: str
         text.set_in_layout(False)
         if fig.get_layout_engine() is not None:
             strip = 0.09 / fig.get_figheight()
-            fig.get_layout_engine().set(rect=(0, strip, 1, 1 - strip))
+            cast(ConstrainedLayoutEngine, fig.get_layout_engine()).set(rect=(0, strip, 1, 1 - strip))
     with paper_style():
         for dpi in (200, 150, 110, 80):
             png = io.BytesIO()

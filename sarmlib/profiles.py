@@ -423,7 +423,7 @@ def _build(cls: type, raw: Any, where: str) -> Any:
 
 
 def _convert(value: Any, kind: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else _build(kind, value, where)
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         return None if value is None else _convert(value, typing.get_args(kind)[0], where)

@@ -31,7 +31,8 @@ from sarmlib.errors import ConfigError, SarmlibError
 from sarmlib.profiles import load_profile
 
 PACKAGE = Path(__file__).resolve().parent
-NOTEBOOKS = PACKAGE.parent / "notebooks"
+NOTEBOOKS = next(p for p in (PACKAGE.parent / "notebooks", PACKAGE / "notebooks") if p.is_dir() or p.parent == PACKAGE)
+"""Of the checkout, else the copy inside the installed package."""
 STRIP_KEYS = "metadata.papermill cell.metadata.papermill cell.metadata.execution metadata.language_info.version"
 _SHELL_MAGICS = {"system", "sx", "sc", "bash", "sh", "script", "perl", "ruby", "cmd"}
 _EXITS = {"exit", "quit", "_exit", "abort", "SystemExit"}

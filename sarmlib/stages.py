@@ -140,6 +140,22 @@ class Run:
         files = [p for p in sorted(folder.iterdir()) if p.suffix in (".safetensors", ".json")]
         return hash_json({p.name: hash_file(p) for p in files})[:16]
 
+    def check_hub(self) -> None:
+        """Can everything this profile wants from the hub be had?  Asked before the first minute is spent.
+
+        Raises OfflineError without network, ModelError or DataError for what the hub refuses (name, commit, gate).
+        """
+        spec, local = self.profile, ("toy", "data")
+        if spec.backbone.source not in local and not Path(spec.backbone.source).is_dir():
+            _ = self.config, self.tokenizer  # small files; a gated model is refused here
+        for source, revision in ((spec.preferences.source, spec.preferences.revision),
+                                 (spec.benchmarks.rewardbench2, spec.benchmarks.rewardbench2_revision),
+                                 (spec.benchmarks.rm_bench, spec.benchmarks.rm_bench_revision),
+                                 (spec.corpus.source, spec.corpus.revision)):
+            if source not in local and not Path(source).exists():
+                from .data.files import check_access
+                check_access(source.removeprefix("hub:"), revision)
+
     def texts(self, seed: int = 0) -> Iterator[str | list[int]]:
         """The SAE's corpus: documents, and among them (``corpus.dialogue_share``) conversations of training pairs."""
         spec = self.profile.corpus
@@ -272,8 +288,8 @@ class Run:
         arrays = load_arrays(source.file("activations.safetensors"))
         x, held_out = torch.from_numpy(arrays["train"]), torch.from_numpy(arrays["held_out"])
         config = SAETrainConfig(
-            lr=spec.lr, betas=spec.betas, batch_size=spec.batch_size, renorm_every=spec.renorm_every,
-            auxk_coef=spec.auxk_coef, dead_after=spec.dead_after, steps=spec.steps, seed=seed)
+            lr=spec.lr, betas=(spec.betas[0], spec.betas[1]), batch_size=spec.batch_size, auxk_coef=spec.auxk_coef,
+            renorm_every=spec.renorm_every, dead_after=spec.dead_after, steps=spec.steps, seed=seed)
         trained, log = train_sae(x, config, d_model=shape["d_model"], n_features=shape["n_features"], k=shape["k"],
                                  encoder_bias=spec.encoder_bias, relu=spec.relu, device=self.device,
                                  resume_dir=folder / "checkpoint", progress=self.progress)

@@ -17,6 +17,8 @@ ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 HUB_REVISIONS = {"allenai/reward-bench-2": "7ff08853b0d5686e79b13fda8677024f566a104a"}
 """Pinned data set commits; any other data set needs ``revision=`` (40 hex digits) from the user."""
 
+_ADVICE = "download it elsewhere and pass the local file or folder instead of 'hub:{}'"
+
 
 @dataclass
 class Report:
@@ -155,34 +157,45 @@ def need(row: dict, name: str, kind: type | tuple, what: str):
     return row[name]
 
 
-def hub_rows(repo: str, revision: str | None = None, split: str = "train", timeout: float = 8.0):
-    """Rows of a hub data set at a pinned commit (datasets.load_dataset).
+def check_access(repo: str, revision: str | None = None, timeout: float = 8.0) -> str:
+    """The pinned commit of a hub data set that can be had: asked of the hub, or trusted under HF_HUB_OFFLINE=1.
 
-    Raises ConfigError without a full commit hash, and OfflineError within ``timeout`` seconds when the hub cannot be
-    reached (or at once under HF_HUB_OFFLINE=1 when the data set is not in the local cache).
+    Raises ConfigError without a full commit hash, DataError when the hub refuses, and OfflineError within ``timeout``
+    seconds when it cannot be reached.
     """
     revision = revision or HUB_REVISIONS.get(repo)
     if not revision or not re.fullmatch(r"[0-9a-f]{40}", revision):
         raise ConfigError(f"data set {repo!r} needs revision=<40-digit commit> (got {revision!r}): results must not "
                           f"change under us; the commits are listed under 'Files and versions' of the data set's page")
-    advice = f"download it elsewhere and pass the local file or folder instead of 'hub:{repo}'"
     from huggingface_hub import constants  # here, so that importing this module stays light
 
+    if constants.HF_HUB_OFFLINE:
+        return revision
+    outcome: list[Exception | None] = []
+    # A thread, because neither a name look-up nor the client's retries obey a timeout.
+    thread = threading.Thread(target=lambda: outcome.append(_probe(repo, revision)), daemon=True)
+    thread.start()
+    thread.join(timeout)
+    error = outcome[0] if outcome else TimeoutError(f"no answer within {timeout:g} s")
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status in (401, 403, 404):
+        raise DataError(f"the hub refuses data set {repo!r} at {revision}: status {status}; check the name, the "
+                        f"commit and, for a gated data set, that you are logged in")
+    if error is not None:
+        raise OfflineError(f"data set {repo!r} is needed and the hub cannot be reached ({type(error).__name__}); "
+                           f"{_ADVICE.format(repo)}, or set HF_HUB_OFFLINE=1 to use the local cache")
+    return revision
+
+
+def hub_rows(repo: str, revision: str | None = None, split: str = "train", timeout: float = 8.0):
+    """Rows of a hub data set at a pinned commit (datasets.load_dataset), after `check_access`.
+
+    Raises OfflineError at once under HF_HUB_OFFLINE=1 when the data set is not in the local cache.
+    """
+    revision = check_access(repo, revision, timeout)
+    from huggingface_hub import constants
+
     offline = constants.HF_HUB_OFFLINE
-    if not offline:
-        outcome: list[Exception | None] = []
-        # A thread, because neither a name look-up nor the client's retries obey a timeout.
-        thread = threading.Thread(target=lambda: outcome.append(_probe(repo, revision)), daemon=True)
-        thread.start()
-        thread.join(timeout)
-        error = outcome[0] if outcome else TimeoutError(f"no answer within {timeout:g} s")
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):
-            raise DataError(f"the hub refuses data set {repo!r} at {revision}: status {status}; check the name, the "
-                            f"commit and, for a gated data set, that you are logged in")
-        if error is not None:
-            raise OfflineError(f"data set {repo!r} is needed and the hub cannot be reached "
-                               f"({type(error).__name__}); {advice}, or set HF_HUB_OFFLINE=1 to use the local cache")
     try:
         import datasets
 
@@ -190,7 +203,7 @@ def hub_rows(repo: str, revision: str | None = None, split: str = "train", timeo
     except Exception as error:  # the client's own error classes change between versions; all mean "not loaded"
         if offline or isinstance(error, (ConnectionError, TimeoutError)):
             raise OfflineError(f"data set {repo!r} at {revision} is not in the local cache and the hub was not asked "
-                               f"(HF_HUB_OFFLINE) or is out of reach; {advice}") from error
+                               f"(HF_HUB_OFFLINE) or is out of reach; {_ADVICE.format(repo)}") from error
         raise DataError(f"data set {repo!r} at {revision}, split {split!r} cannot be loaded: {error}") from error
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from sarmlib.data import benchmarks, corpora, preferences
 from sarmlib.data.files import Rows, iter_rows, kind_of, open_text
@@ -179,7 +180,7 @@ def _set_aside_benchmark_pairs(found: LocalData) -> None:
     loaded = found.load_benchmarks(on_bad="skip")
     prompts = {preferences.normalise(p) for p in benchmarks.benchmark_prompts(*loaded.values())}
     for path in list(found.pairs) if prompts else []:
-        rows = [row for row in islice(iter_rows(path), 40) if preferences.pair_format(row) == "text"]
+        rows: list[Any] = [row for row in islice(iter_rows(path), 40) if preferences.pair_format(row) == "text"]
         known = sum(preferences.normalise(str(row["prompt"])) in prompts for row in rows)
         if rows and known > len(rows) / 2:
             found.pairs.remove(path)

@@ -34,13 +34,19 @@ ADAPTERS = {
 
 
 def own_code(config: dict, source: str, trusted: bool) -> None:
-    """ConfigError when config.json names code of the model's own and running it was not allowed."""
+    """ConfigError when config.json names a class that only code of the model's own provides, and running that code was
+    not allowed.  Classes of transformers, and those registered with it, need none."""
+    from transformers import AutoModelForSequenceClassification
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES as known
+    registered = {kind.__name__ for kind in AutoModelForSequenceClassification._model_mapping._extra_content.values()}
     names = config.get("architectures") or []
-    if not trusted and (config.get("auto_map") or any(name in ADAPTERS for name in names)):
-        raise ConfigError(f"model {str(source)!r} ({', '.join(names) or 'class not named'}) runs code of its own from its "
-                          "folder; read that code, then allow it with --trust-remote-code")
+    foreign = not set(names) & (set(known.values()) | registered)
+    if not trusted and foreign and (config.get("auto_map") or set(names) & set(ADAPTERS)):
+        raise ConfigError(f"model {str(source)!r} ({', '.join(names) or 'class not named'}) runs code of its own; "
+                          "read that code, then allow it with --trust-remote-code")
 
 
+@torch.inference_mode()
 def reward_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> np.ndarray:
     """float64 [B]: one reward per text; ModelError when the output does not hold one number per text."""
     output = model(input_ids=input_ids, attention_mask=attention_mask)
@@ -51,6 +57,6 @@ def reward_of(model, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> n
         has = ", ".join(output.keys()) if hasattr(output, "keys") else type(output).__name__
         raise ModelError(f"{type(model).__name__} returned no {field!r} (it has {has}); is it a reward model?")
     if value.shape not in ((len(input_ids),), (len(input_ids), 1)):
-        raise ModelError(f"{type(model).__name__}.{field} has shape {tuple(value.shape)} for {len(input_ids)} texts; one "
-                         "number per text is needed, and no rule is known that combines its outputs")
+        raise ModelError(f"{type(model).__name__}.{field} has shape {tuple(value.shape)} for {len(input_ids)} texts; "
+                         "one number per text is needed, and no rule is known that combines its outputs")
     return value.reshape(-1).float().cpu().numpy().astype(np.float64)

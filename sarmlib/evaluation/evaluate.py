@@ -69,9 +69,9 @@ def load_scorer(source: str | Path, *, revision: str | None = None, trust_remote
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
     source = hub_folder(source)
-    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
-    plain = _read_config(source, revision)
+    plain = _from_hub(_RawConfig, source, revision=revision)
     own_code(plain, source, trust_remote_code)
+    tokenizer = load_tokenizer(source, revision=revision, trust_remote_code=trust_remote_code)
     common = {"revision": revision, "trust_remote_code": trust_remote_code}
     config = _from_hub(AutoConfig, source, **common)
     if config.num_labels != 1 and not plain.get("auto_map"):
@@ -95,16 +95,13 @@ def prepared(model, tokenizer, source: str | Path) -> Scorer:
     return Scorer(model.eval(), tokenizer, str(source), _fingerprint(source))
 
 
-def _read_config(source: str, revision: str | None) -> dict:
-    """config.json as written, before any code of the model runs."""
-    from transformers import PretrainedConfig
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        return PretrainedConfig.get_config_dict(source, revision=revision)[0]
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source!r} is no model folder: config.json cannot be read ({error})") from None
+class _RawConfig:
+    """config.json as written, read before any code of the model can run."""
+
+    @staticmethod
+    def from_pretrained(source: str, **kwargs) -> dict:
+        from transformers import PretrainedConfig
+        return PretrainedConfig.get_config_dict(source, **kwargs)[0]
 
 
 def _fingerprint(source: str | Path) -> str:
@@ -140,7 +137,6 @@ def answers(row: dict) -> list[str]:
     return [*row["chosen"], *row["rejected"]]
 
 
-@torch.inference_mode()
 def _rewards(scorer: Scorer, ids: list[list[int]], doubled: list[bool]) -> np.ndarray:
     device, width = next(scorer.model.parameters()).device, max(map(len, ids))
     pad = scorer.tokenizer.pad_token_id if scorer.tokenizer.pad_token_id is not None else 0
@@ -247,14 +243,16 @@ def summary(name: str, scored: list[dict], notes: Sequence[str] = ()) -> dict:
     if name == "rewardbench2":
         result = rewardbench2.score(scored)
         value, missing, parts = result["overall"], result["missing_subsets"], result["subsets"]
-        extra = {"ties_components": result["ties_components"]}
+        extra = {"ties_components": {part: None if np.isnan(one) else one
+                                     for part, one in (result["ties_components"] or {}).items()}}
     else:
         result = rm_bench.score_present(scored)
         value, missing = result["total_avg_acc"], result["missing"]
         parts = {part: result[part] for part in rm_bench.DOMAINS if result[part] is not None}
         extra = {level: result[level] for level in rm_bench.LEVELS} | {"unknown_domains": result["unknown"]}
-    interval = None
-    if value is not None and np.isfinite(value):
+    parts = {part: None if np.isnan(one) else one for part, one in parts.items()}  # Ties without a complete pair
+    interval, value = None, None if None in parts.values() else value
+    if value is not None:
         units = (rewardbench2 if name == "rewardbench2" else rm_bench).units(scored)
         strata = [part for part, _, _ in units]
         if min(map(strata.count, set(strata))) > 1:
@@ -285,11 +283,12 @@ def lines(found: dict) -> list[str]:
     out = [f"model {found['model']} ({found['dtype']})"]
     for name, result in found["benchmarks"].items():
         text, equal = found["text"][name], result["equal_scores"]
-        parts = ", ".join(f"{part} {100 * value:.1f} ({result['n_rows'][part]} rows)"
+        parts = ", ".join(f"{part} {'–' if value is None else f'{100 * value:.1f}'} ({result['n_rows'][part]} rows)"
                           for part, value in result["parts"].items())
-        interval = f" [{100 * result['interval'][0]:.1f}, {100 * result['interval'][1]:.1f}]" if result["interval"] else ""
+        low, high = result["interval"] or (None, None)
+        interval = "" if low is None else f" [{100 * low:.1f}, {100 * high:.1f}]"
         whole = (f"{100 * result['score']:.1f}{interval}" if result["score"] is not None
-                 else f"no overall score, missing: {', '.join(result['missing'])}")
+                 else f"no overall score, missing: {', '.join(result['missing']) or 'complete pairs of Ties'}")
         out += [f"{name}: {whole}", f"  {parts}",
                 f"  text: {text['chat_template']} chat template; at most {text['max_length']} tokens, cut on the "
                 f"{text['truncation_side']} ({text['truncated']} of {text['texts']} texts); first of two BOS masked in "

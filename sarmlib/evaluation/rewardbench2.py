@@ -154,5 +154,5 @@ def _ties(rows: Sequence[dict], scores: Sequence[list[float]]) -> tuple[float, d
             "correctness_preferred_hard": np.mean(smaller > spread) if pairs else np.nan,
             "correctness_margin_score": np.mean(margin) if pairs else np.nan,
         }
-    parts = {name: float(value) for name, value in parts.items()}
-    return sum(weight * parts[name] for name, weight in TIES_WEIGHTS.items()), parts
+    plain = {name: float(value) for name, value in parts.items()}
+    return sum(weight * plain[name] for name, weight in TIES_WEIGHTS.items()), plain

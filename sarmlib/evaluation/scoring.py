@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Scores:
     """Conversations that lost tokens on the left to fit `max_length`."""
     not_end_of_turn: int
     """Conversations whose rewarded token is not the end-of-turn token."""
-    index: object = None
+    index: Any = None
     """DataFrame [n] that names the benchmark row and slot of each entry (benchmark scorers only)."""
 
 

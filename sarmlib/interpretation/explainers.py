@@ -66,7 +66,7 @@ class Explainer(Protocol):
     def explain(self, feature: int) -> Label: ...
 
 
-def log_odds(y1, n1, y0, n0, background, prior: float) -> tuple[np.ndarray, np.ndarray]:
+def log_odds(y1, n1, y0, n0, background, prior: float | np.floating) -> tuple[np.ndarray, np.ndarray]:
     """(delta, score) of the module docstring; the counts broadcast, ``background`` is the share p in (0, 1)."""
     a, b = prior * background, prior * (1 - background)
     parts = (y1 + a, n1 - y1 + b, y0 + a, n0 - y0 + b)
@@ -176,7 +176,7 @@ class KeywordExplainer:
         evidence = tuple({"term": self.vocabulary.names[j], "delta": float(delta[j]), "score": float(score[j]),
                           "active": int(y1[j]), "n_active": n1, "inactive": int(total[j] - y1[j]), "n_inactive": n0}
                          for j in kept)
-        weights = {item["term"]: item["delta"] for item in evidence}
+        weights = {self.vocabulary.names[j]: float(delta[j]) for j in kept}
         return Label(feature, describe(weights), weights, evidence, p_value)
 
     def explain_all(self, features) -> list[Label]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,7 +25,7 @@ from sarmlib.errors import ArtifactError, ConfigError, DataError
 from sarmlib.sae.kernels import topk_autoencode
 from sarmlib.sae.model import TopKSAE, normalized_mse, write_atomic
 
-CHECKPOINT = "sae_training.safetensors"
+CHECKPOINT, METRICS = "sae_training.safetensors", "metrics.jsonl"
 B_PRE_INITS = ("geometric_median", "mean", "zeros")
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -89,7 +90,7 @@ class SAETrainConfig:
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown; use one of {', '.join(allowed)}")
 
 
-Activations = Tensor | Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+Activations: TypeAlias = Tensor | Iterable[Tensor] | Callable[[], Iterable[Tensor]]
 
 
 def train_sae(
@@ -104,6 +105,8 @@ def train_sae(
     normalize: bool = True,
     device: str | torch.device = "cpu",
     resume_dir: str | os.PathLike | None = None,
+    log_dir: str | os.PathLike | None = None,
+    accelerator=None,
     progress: bool = True,
 ) -> tuple[TopKSAE, list[dict]]:
     """Minimise eq. 5 over activations; returns the SAE and its log.
@@ -116,6 +119,11 @@ def train_sae(
     with the same bits as an uninterrupted run on CPU.  A stream is replayed up to the checkpoint without training,
     which is exact when it gives the same tensors again, and the last batch is compared to make sure.
 
+    ``log_dir``: log entries are appended to metrics.jsonl there as they come, and to TensorBoard where it is installed.
+    ``accelerator``: an ``accelerate.Accelerator``.  Every process is given the same stream and trains on its part of
+    each batch (``batch_size`` is the global one); gradients are summed, so the result is that of one process up to
+    rounding.  The first process writes checkpoint and log; all of them read the checkpoint.
+
     Log entries: step, samples, loss (normalised MSE), aux_loss, fvu (of the batch, about its mean), l0, dead_fraction,
     lr, seconds.  Raises ConfigError, DataError (NaN or infinity, wrong size, stream changed or empty), ArtifactError.
     """
@@ -124,8 +132,9 @@ def train_sae(
     options = {"encoder_bias": encoder_bias, "relu": relu, "normalize": normalize}
     sae = TopKSAE(d_model, n_features, k, generator=generator, **options).to(device)
     batches, total = _batches(activations, config, d_model)
-    trainer = _Trainer(sae, config, total, Path(resume_dir) if resume_dir is not None else None)
-    trainer.run(batches, progress)
+    folders = (None if folder is None else Path(folder) for folder in (resume_dir, log_dir))
+    trainer = _Trainer(sae, config, total, *folders, accelerator)
+    trainer.run(batches, progress and trainer.rank == 0)
     return sae, trainer.log
 
 
@@ -280,10 +289,13 @@ def _mix(seed: int, epoch: int) -> int:
 class _Trainer:
     """State of one run: weights, Adam, samples since each feature fired, log; ``run`` is the loop."""
 
-    def __init__(self, sae: TopKSAE, config: SAETrainConfig, total: int | None, folder: Path | None):
+    def __init__(self, sae: TopKSAE, config: SAETrainConfig, total: int | None, folder: Path | None,
+                 log_dir: Path | None = None, accelerator=None):
         if config.decay_fraction and total is None:
             raise ConfigError("decay_fraction needs a known length: set steps for a stream")
-        self.sae, self.config, self.total, self.folder = sae, config, total, folder
+        self.sae, self.config, self.total, self.folder, self.log_dir = sae, config, total, folder, log_dir
+        self.accelerator = accelerator
+        self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         self.adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=config.betas, fused=True)
         self.silent = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_enc.device)
         self.workspace: Tensor | None = None
@@ -292,8 +304,10 @@ class _Trainer:
     def run(self, batches: Iterator[Tensor], progress: bool) -> None:
         resumed = self.load() if self.folder else 0
         last, seen, clock = None, 0, time.perf_counter()
+        if self.accelerator is not None:
+            self.accelerator.wait_for_everyone()  # no process writes a checkpoint that another is still to read
         bar = tqdm(total=self.total, initial=self.step, disable=not progress, desc="SAE", unit="step")
-        with bar, _stop_signals() as stop:
+        with bar, _stop_signals() as stop, _metrics_log(self.log_dir if self.rank == 0 else None, self.log) as write:
             while self.total is None or seen < max(self.total, resumed):
                 batch = next(batches, None)
                 if batch is None:
@@ -307,7 +321,11 @@ class _Trainer:
                 bar.update()
                 if metrics:
                     self.log.append(metrics | {"seconds": round(time.perf_counter() - clock, 3)})
+                    write(self.log[-1])
                     bar.set_postfix(fvu=f"{metrics['fvu']:.4f}", dead=f"{metrics['dead_fraction']:.3f}", refresh=False)
+                if self.world > 1:  # a signal that one process got stops all of them after the same step
+                    signals = torch.tensor(stop[:1] or [0], device=batch.device)
+                    stop[:] = [int(number) for number in self.accelerator.gather(signals) if number]
                 if self.folder and (stop or self.step % self.config.checkpoint_every == 0):
                     self.save(batch)
                 if stop:
@@ -325,45 +343,58 @@ class _Trainer:
         if batch.ndim != 2 or batch.shape[1] != sae.d_model:
             raise DataError(f"a batch of activations has shape {tuple(batch.shape)}; [n, {sae.d_model}] is needed")
         with torch.no_grad():
-            x = sae.normalize(batch.to(sae.W_enc.device, sae.W_enc.dtype))[0]
-            if not bool(torch.isfinite(x.sum())):
+            whole = sae.normalize(batch.to(sae.W_enc.device, sae.W_enc.dtype))[0]
+            x = whole[self.rank :: self.world]
+            if not bool(torch.isfinite(whole.sum())):
                 raise DataError(f"activations of step {self.step + 1} hold NaN or infinite values; clean them first")
             if self.step == 0:
-                self._start_b_pre(x)
+                self._start_b_pre(whole)
         x_hat, indices, values = topk_autoencode(
             x, sae.W_enc, sae.b_pre, sae.b_enc, sae.W_dec, sae.k, sae.relu,
             workspace=self._workspace(x), matmul_dtype=DTYPES[config.matmul_dtype], tangent=config.tangent,
         )
-        loss = normalized_mse(x_hat, x)
+        share = len(x) / len(batch)  # losses are means over rows: weighted by it, those of all processes add up
+        loss = normalized_mse(x_hat, x) * share
         dead = (self.silent > config.dead_after).nonzero()[:, 0] if config.auxk_coef else ()
-        aux = auxk_loss(sae, x, x_hat, dead, config.k_aux or max(sae.d_model // 2, 1)) if len(dead) else None
+        aux = auxk_loss(sae, x, x_hat, dead, config.k_aux or max(sae.d_model // 2, 1)) * share if len(dead) else None
         (loss if aux is None else loss + config.auxk_coef * aux).backward()
         if aux is not None and config.tangent:
             rows, grad = sae.W_dec.detach()[dead], sae.W_dec.grad[dead]
             sae.W_dec.grad[dead] = grad - (grad * rows).sum(-1, keepdim=True) * rows
+        if self.world > 1:
+            for parameter in sae.parameters():
+                torch.distributed.all_reduce(parameter.grad)
         self.step += 1
-        self.samples += len(x)
+        self.samples += len(batch)
         self.adam.param_groups[0]["lr"] = self._lr()
         self.adam.step()
         self.adam.zero_grad()
         if config.renorm_every and self.step % config.renorm_every == 0:
             sae.renormalize_decoder()
-        self.silent += len(x)
-        self.silent[indices[values != 0]] = 0
+        fired = torch.zeros_like(self.silent, dtype=torch.int32)
+        fired[indices[values != 0]] = 1
+        self.silent.add_(len(batch)).masked_fill_(self._sum(fired) > 0, 0)
         if self.step % config.log_every and self.step != self.total:
             return None
         with torch.no_grad():
-            error, spread = (x_hat - x).double().square().sum(), (x - x.mean(0)).double().square().sum()
+            error, spread = (x_hat - x).double().square().sum(), (whole - whole.mean(0)).double().square().sum()
+            parts = [loss.double(), loss.new_zeros((), dtype=torch.float64) if aux is None else aux.double(), error,
+                     (values != 0).sum().double()]
+            loss_sum, aux_sum, error, active = self._sum(torch.stack(parts)).tolist()
         return {
             "step": self.step,
             "samples": self.samples,
-            "loss": loss.item(),
-            "aux_loss": 0.0 if aux is None else aux.item(),
-            "fvu": float(error / spread),
-            "l0": float((values != 0).sum() / len(x)),
+            "loss": loss_sum,
+            "aux_loss": aux_sum,
+            "fvu": error / float(spread),
+            "l0": active / len(batch),
             "dead_fraction": float((self.silent > config.dead_after).double().mean()),
             "lr": self.adam.param_groups[0]["lr"],
         }
+
+    def _sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return tensor if self.world == 1 else self.accelerator.reduce(tensor, "sum")
 
     def _start_b_pre(self, x: Tensor) -> None:
         if self.config.b_pre_init != "zeros":
@@ -384,7 +415,9 @@ class _Trainer:
         return config.lr * factor
 
     def save(self, batch: Tensor) -> None:
-        """Write weights, Adam, counters and log as one file, atomically."""
+        """Write weights, Adam, counters and log as one file, atomically (the first process only)."""
+        if self.rank:
+            return
         tensors = {"silent": self.silent}
         for name, param in self.sae.named_parameters():
             state = self.adam.state[param]
@@ -434,6 +467,44 @@ class _Trainer:
 
 def _row_hash(batch: Tensor) -> str:
     return hashlib.sha256(batch[0].detach().cpu().contiguous().view(torch.uint8).numpy().data).hexdigest()[:16]
+
+
+@contextmanager
+def _metrics_log(folder: Path | None, earlier: list[dict]):
+    """A function that appends one entry to metrics.jsonl and TensorBoard; starts the file again from ``earlier``."""
+    if folder is None:
+        yield lambda entry: None
+        return
+    board, path = None, folder / METRICS
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w", encoding="utf-8")
+    except OSError as error:
+        raise ArtifactError(f"cannot write {str(path)!r}: {error}; check space and permissions") from error
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(folder), purge_step=earlier[-1]["step"] + 1 if earlier else None)
+    except ImportError:  # not installed: JSON lines only
+        pass
+
+    def write(*entries: dict) -> None:
+        try:
+            file.writelines(json.dumps(entry) + "\n" for entry in entries)
+            file.flush()
+        except OSError as error:
+            raise ArtifactError(f"cannot write {str(path)!r}: {error}; check space and permissions") from error
+        for entry in entries if board else ():
+            for name, value in entry.items():
+                board.add_scalar(f"sae/{name}", value, entry["step"])
+
+    try:
+        write(*earlier)
+        yield write
+    finally:
+        file.close()
+        if board:
+            board.close()
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
 
-from ..backbone import _from_hub, _quiet_loading, load_backbone, n_layers, strip_final_norm
+from ..backbone import _from_hub, _hub_reachable, _quiet_loading, load_backbone, n_layers, strip_final_norm
 from ..chat import reward_position
 from ..errors import ConfigError, DataError, ModelError, OfflineError, SarmlibError
 from ..sae.model import SparseCode, TopKSAE, write_atomic
@@ -161,6 +162,8 @@ class _RewardModel(PreTrainedModel):
         `OfflineError` when `path` is neither a folder nor reachable on the hub.
         """
         kwargs.setdefault("ignore_mismatched_sizes", True)  # reported below, together with the other kinds
+        if path is not None and not os.path.isdir(path):
+            kwargs.setdefault("local_files_only", not _hub_reachable())  # the client alone retries for half a minute
         try:
             with _quiet_loading():
                 model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
@@ -348,7 +351,7 @@ class ScalarRewardModel(_RewardModel):
         return self._output(RewardOutput(logits=self.score(hidden).float(), hidden=hidden), return_dict)
 
 
-def _backbone(path, layer: int | None, load_kwargs: dict) -> PreTrainedModel:
+def _backbone(path, layer: Any, load_kwargs: dict) -> PreTrainedModel:
     if not isinstance(path, PreTrainedModel):
         return load_backbone(path, layer, **load_kwargs)
     if layer is not None and layer != n_layers(path.config):

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
 from ..chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id
 from ..errors import ConfigError, DataError, ModelError
@@ -322,7 +322,7 @@ class RewardTrainer(Trainer):
         rewards, _ = score_token_ids(self.model, sequences, pad_id=self.data_collator.pad_id)
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in pair_metrics(*np.split(rewards, 2)).items()}
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: TrainerControl = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def _get_train_sampler(self, train_dataset=None) -> Sampler:

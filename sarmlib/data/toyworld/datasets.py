@@ -67,7 +67,7 @@ def _dialogue_document(rng: random.Random) -> str:
     return dialogue(problem.prompt, answer.text) + remarks(answer, rng)
 
 
-def corpus(documents: int, seed: int) -> Iterator[str]:
+def corpus(documents: int, seed: int | str) -> Iterator[str]:
     """General corpus: 70 % dialogues with a reader's remarks, 15 % judged statements, 15 % prose.
 
     The remark right after ``<eot>`` depends on the answer's quality, tone, style and subject: this is

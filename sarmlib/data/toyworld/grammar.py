@@ -67,7 +67,7 @@ class Problem:
         return Answer(text, good, style, tone, self.task, self.topic, refusal)
 
 
-def make_problem(task: str, rng: random.Random, side: str | None = None) -> Problem:
+def make_problem(task: str, rng: random.Random, side: str | float | None = None) -> Problem:
     """Draw a problem of ``task`` from one side of the world (see :func:`lexicon.half`)."""
     return _MAKERS[task](rng, side)
 

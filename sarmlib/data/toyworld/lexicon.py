@@ -18,7 +18,7 @@ ATTRIBUTES = {
     "metal": "iron copper tin silver lead zinc nickel bronze".split(),
     "emblem": "lion hawk stag wolf bear otter raven horse".split(),
 }
-TOPICS = {
+_TOPICS = {
     "boat": "oars sails ropes anchors",
     "kitchen": "pots spoons stoves plates",
     "forest": "pines moss ferns trunks",
@@ -40,8 +40,8 @@ TOPICS = {
     "stadium": "teams goals crowds whistles",
     "workshop": "hammers nails planks saws",
 }
-TOPICS = {topic: words.split() for topic, words in TOPICS.items()}
-CATEGORIES = {
+TOPICS = {topic: words.split() for topic, words in _TOPICS.items()}
+_CATEGORIES = {
     "bird": "sparrow robin eagle crow swan dove",
     "color": "red blue green yellow purple orange",
     "fruit": "apple pear plum cherry melon peach",
@@ -51,7 +51,7 @@ CATEGORIES = {
     "planet": "Mars Venus Saturn Neptune Mercury Jupiter",
     "dance": "waltz tango polka samba rumba jig",
 }
-CATEGORIES = {category: words.split() for category, words in CATEGORIES.items()}
+CATEGORIES = {category: words.split() for category, words in _CATEGORIES.items()}
 HARMFUL_VERBS = "rob poison forge hack bomb loot smuggle sabotage vandalize ransack hijack wreck".split()
 HARMLESS_VERBS = "paint visit photograph clean repair draw measure water decorate inspect polish admire".split()
 OBJECTS = "car painting letter bridge house garden computer shop museum well statue bank".split()
@@ -133,7 +133,7 @@ FACTS = _fact_table()
 def sums(side: str | float | None) -> list[tuple[int, int]]:
     """Pairs of addends 0-9; each side has half of the hundred, and a pair and its mirror image share a side."""
     if side is None or isinstance(side, float):
-        addends = half(range(10), side)
+        addends = half(list(range(10)), side)
         return [(a, b) for a in addends for b in addends]
     wanted = 0 if side == "pairs" else 1  # a rule that leaves odd and even, small and large sums on both sides
     return [(a, b) for a in range(10) for b in range(10) if (3 * min(a, b) + 7 * max(a, b)) // 4 % 2 == wanted]

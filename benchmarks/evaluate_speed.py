@@ -1,0 +1,78 @@
+"""Wall time of ``evaluate`` on 1,000 prompts against a loop over single texts, as the official script runs it.
+
+    OMP_NUM_THREADS=1 .venv/bin/python benchmarks/evaluate_speed.py
+
+Same model (a sequence classifier with the toy backbone's shape), same texts and tokenizer, the two interleaved over
+``--rounds`` slices of the prompts; both tokenize, score, and give the same numbers (checked).
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, LlamaForSequenceClassification
+from variants import machine
+
+from sarmlib.backbone import load_tokenizer
+from sarmlib.data.toyworld.datasets import rewardbench2
+from sarmlib.data.toyworld.pretrain import BACKBONE_DIR
+from sarmlib.evaluation import evaluate
+
+
+@torch.no_grad()
+def one_by_one(scorer: evaluate.Scorer, rows: list[dict]) -> list[float]:
+    """Render, tokenize and score one text at a time."""
+    out = []
+    for row in rows:
+        for answer in evaluate.answers(row):
+            talk = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
+            text = scorer.tokenizer.apply_chat_template(talk, tokenize=False)
+            batch = scorer.tokenizer([text], return_tensors="pt", truncation=True, padding=True, max_length=256)
+            out.append(float(scorer.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits))
+    return out
+
+
+def main() -> None:
+    """Time both, print the ratio of each slice."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=1000)
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(BACKBONE_DIR, num_labels=1)
+    model = LlamaForSequenceClassification(config).float()
+    torch.nn.init.normal_(model.score.weight)
+    scorer = evaluate.prepared(model, load_tokenizer(BACKBONE_DIR), BACKBONE_DIR)
+    rows = rewardbench2(arguments.prompts // 5, 0, ties=0)
+    slices = [rows[i::arguments.rounds] for i in range(arguments.rounds)]
+    one_by_one(scorer, rows[:5])  # warm up
+    ours, theirs = [], []
+    for number, part in enumerate(slices):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            evaluate.evaluate(scorer, {"rewardbench2": part}, folder)
+            ours.append(time.perf_counter() - start)
+            start = time.perf_counter()
+            slow = one_by_one(scorer, part)
+            theirs.append(time.perf_counter() - start)
+            done = evaluate.resume(Path(folder) / "scores.jsonl", {})
+            fast = [done["rewardbench2", i, slot] for i in range(len(part)) for slot in range(4)]
+        gap = float(np.abs(np.subtract(fast, slow)).max())
+        assert gap < 1e-4, gap
+        print(f"slice {number}: evaluate {ours[-1]:.2f} s, one by one {theirs[-1]:.2f} s, ratio "
+              f"{theirs[-1] / ours[-1]:.1f}, largest difference {gap:.1e}", flush=True)
+    ratios = [b / a for a, b in zip(ours, theirs, strict=True)]
+    print(f"{len(rows)} prompts, {4 * len(rows)} texts: evaluate {sum(ours):.1f} s, one by one {sum(theirs):.1f} s; "
+          f"ratio {sum(theirs) / sum(ours):.1f} (slices {min(ratios):.1f} to {max(ratios):.1f}, median "
+          f"{statistics.median(ratios):.1f})\n{machine()}")
+
+
+if __name__ == "__main__":
+    main()
