@@ -1,4 +1,5 @@
-"""One SAE training step: ours against the encoder product alone and a dense autograd step, interleaved, CPU time."""
+"""One SAE training step: ours against the encoder product alone, a dense autograd step, and the SAE libraries that are
+installed (sae-lens, eai-sparsify); interleaved in one process, process-CPU time."""
 
 from __future__ import annotations
 
@@ -41,7 +42,46 @@ def make(size: tuple[int, int, int, int]) -> dict:
         normalized_mse(z @ dense.W_dec + dense.b_pre, x).backward()
         adams[1].step()
 
-    return {"encoder product": product, "ours": sparse_step, "dense autograd": dense_step}
+    return {"encoder product": product, "ours": sparse_step, "dense autograd": dense_step, **peers(size, x)}
+
+
+def peers(size: tuple[int, int, int, int], x: torch.Tensor) -> dict:
+    """Steps of other libraries, each with a fused Adam like ours and its own forward and loss; absent ones left out."""
+    d, m, k, _ = size
+    steps = {}
+
+    def add(name, module, loss):
+        adam = torch.optim.Adam(module.parameters(), lr=5e-4, fused=True)
+
+        def step():
+            adam.zero_grad()
+            loss().backward()
+            adam.step()
+
+        steps[name] = step
+
+    try:
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        from sae_lens.saes.sae import TrainStepInput
+
+        lens = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=d, d_sae=m, k=k))
+        given = TrainStepInput(x, {}, None, 1, False)
+        add("SAELens", lens, lambda: lens.training_forward_pass(given).loss)
+    except ImportError:
+        pass
+    try:
+        from sparsify import SparseCoder, SparseCoderConfig
+
+        coder = SparseCoder(d, SparseCoderConfig(num_latents=m, k=k), device="cpu")
+
+        def coder_loss():
+            coder.set_decoder_norm_to_unit_norm()
+            return coder(x).fvu
+
+        add("sparsify", coder, coder_loss)
+    except ImportError:
+        pass
+    return steps
 
 
 def main() -> None:
@@ -49,7 +89,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
-    print(f"{'size':<6}{'d, M, k, batch':<24}{'ours':>8}{'dense':>8}   (times the encoder product, one thread)")
+    print("times the encoder product, one thread: median (least) over rounds")
     for name, size in SIZES.items():
         steps, times = make(size), {}
         for number in range(rounds + 1):
@@ -58,10 +98,11 @@ def main() -> None:
                 step()
                 if number:  # the first round warms up
                     times.setdefault(label, []).append(time.process_time() - start)
-        base = times["encoder product"]
-        ratios = {label: statistics.median(t / b for t, b in zip(values, base, strict=True))
-                  for label, values in times.items()}
-        print(f"{name:<6}{str(size)[1:-1]:<24}{ratios['ours']:>7.2f}x{ratios['dense autograd']:>7.2f}x")
+        base = times.pop("encoder product")
+        print(f"{name}: d, M, k, batch = {str(size)[1:-1]}; product {min(base) * 1e3:.1f} ms")
+        for label, values in times.items():
+            ratio = statistics.median(t / b for t, b in zip(values, base, strict=True))
+            print(f"  {label:<16}{min(values) * 1e3:>9.1f} ms{ratio:>8.2f}x ({min(values) / min(base):.2f}x)")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ import pandas as pd
 import torch
 from variants import NAMES, append, machine, measure, train
 
-from sarmlib.evaluation.statistics import holm, seeds_and_prompts_ci, verdict
+from sarmlib import figures, figures_rq3
+from sarmlib.evaluation import published
+from sarmlib.evaluation.statistics import holm, seeds_and_prompts_ci, seeds_ci, verdict
 from sarmlib.profiles import load_profile
 from sarmlib.stages import Run
 
@@ -44,11 +46,11 @@ def summary(lines: list[dict], seeds: list[int]) -> pd.DataFrame:
         part = []
         for variant in NAMES:
             theirs, _ = values(lines, variant, name, seeds)
-            interval = seeds_and_prompts_ci(theirs, strata=strata)
+            interval = interval_of(name, theirs, strata)
             row = {"measure": name, "variant": variant, "value": interval.estimate, "low": interval.low,
                    "high": interval.high, **{f"seed_{s}": v for s, v in zip(seeds, mean(theirs), strict=True)}}
             if variant != "sarm":
-                gap = seeds_and_prompts_ci(ours - theirs, strata=strata)
+                gap = interval_of(name, ours - theirs, strata)
                 row |= {"sarm_minus": gap.estimate, "gap_low": gap.low, "gap_high": gap.high,
                         "sarm_better": verdict(gap, 0.0, ">"), "p": p_value(mean(ours - theirs))}
             part.append(row)
@@ -57,6 +59,12 @@ def summary(lines: list[dict], seeds: list[int]) -> pd.DataFrame:
             row["p_holm"] = p
         rows += part
     return pd.DataFrame(rows)
+
+
+def interval_of(name: str, matrix: np.ndarray, strata: list[str]):
+    """95 % interval of the mean of [seeds, units].  Benchmark rows are the same for every seed: crossed with them.
+    Held-out pairs are each seed's own, so the spread of the seeds' means holds theirs too."""
+    return seeds_ci(matrix.mean(1)) if name == "pairs" else seeds_and_prompts_ci(matrix, strata=strata)
 
 
 def p_value(per_seed: list[float]) -> float:
@@ -69,7 +77,8 @@ def markdown(table: pd.DataFrame, seeds: list[int], command: str) -> str:
     """The results as they stand in benchmarks/table2.md."""
     lines = ["# Table 2 in the toy world\n", f"`{command}`; {machine()}.\n",
              f"Seeds {', '.join(map(str, seeds))}: each has its own pairs, label noise, SAE and data order. Percent; "
-             "intervals 95 % over seeds and prompts; p: t test over seeds, Holm over the variants of a measure.\n"]
+             "intervals 95 % over seeds and prompts, "
+             "not adjusted for their number; p: t test over seeds, Holm over the variants of a measure.\n"]
     for name in MEASURES:
         lines += [f"\n## {name}\n", "| variant | score | SARM minus it | SARM better? | p (Holm) | seeds |",
                   "|---|---|---|---|---|---|"]
@@ -82,6 +91,29 @@ def markdown(table: pd.DataFrame, seeds: list[int], command: str) -> str:
             lines.append(f"| {NAMES[row['variant']]} | {100 * row['value']:.1f} [{100 * row['low']:.1f}, "
                          f"{100 * row['high']:.1f}] | {gap} | {judged} | {p} | {points} |")
     return "\n".join(lines) + "\n"
+
+
+def draw(table: pd.DataFrame, lines: list[dict], seeds: list[int], folder: Path) -> None:
+    """The paired differences beside the paper's, and the per-subset heat map."""
+    table = table[table.measure == "rewardbench2"]
+    paper = published.table_2().set_index("variant").Overall
+    sarm = table[table.variant == "sarm"].iloc[0]
+    rows = [{"variant": NAMES[row["variant"]], "value": 100 * row["sarm_minus"], "lo": 100 * row["gap_low"],
+             "hi": 100 * row["gap_high"], "points": [100 * (sarm[f"seed_{s}"] - row[f"seed_{s}"]) for s in seeds],
+             "published": paper["sarm"] - paper[row["variant"]] if row["variant"] in paper else np.nan}
+            for row in table.to_dict("records") if row["variant"] != "sarm"]
+    data, cells = pd.DataFrame(rows), {}
+    fig = figures_rq3.paired_differences(data, "SARM minus each variant, RewardBench 2 (toy world)")
+    figures.save_figure(fig, "table2_differences", folder, data, f"Paired differences over seeds {seeds} and prompts, "
+                        "95 % intervals; diamonds: the paper's Table 2, another model on other data.", "toy")
+    for variant in NAMES:
+        scores, strata = values(lines, variant, "rewardbench2", seeds)
+        parts = {part: np.array(strata) == part for part in dict.fromkeys(strata)}
+        cells[NAMES[variant]] = {part: 100 * scores[:, index].mean() for part, index in parts.items()}
+    data = pd.DataFrame(cells).T
+    fig = figures_rq3.part_heat_map(data, "RewardBench 2 subsets (toy world)")
+    figures.save_figure(fig, "table2_subsets", folder, data.rename_axis("variant").reset_index(),
+                        f"Mean score per subset over seeds {seeds}.", "toy")
 
 
 def main() -> None:
@@ -100,6 +132,7 @@ def main() -> None:
     table = summary(lines, arguments.seeds)
     table.to_csv(arguments.out / "table2.csv", index=False, float_format="%.5f")
     command = f"python benchmarks/table2.py --seeds {' '.join(map(str, arguments.seeds))}"
+    draw(table, lines, arguments.seeds, arguments.out / "figures")
     (arguments.out / "table2.md").write_text(markdown(table, arguments.seeds, command))
 
 

@@ -7,6 +7,7 @@ where two variants are compared on the same prompts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,15 @@ import torch
 from .errors import ConfigError, DataError
 from .evaluation import rewardbench2, rm_bench
 from .evaluation.statistics import Interval, auroc, bootstrap_ci, paired_difference, seeds_and_prompts_ci, seeds_ci
-from .sarm.steering import SteeringAnalysis, feature_scores, rank_stability, rows_from_index, steer, summarise_shift
+from .sarm.steering import (
+    SteeringAnalysis,
+    feature_scores,
+    matched_difference,
+    rank_stability,
+    rows_from_index,
+    steer,
+    summarise_shift,
+)
 from .stages import SAE_OF_VARIANT, Run
 
 VARIANT_NAMES = {
@@ -324,6 +333,10 @@ class Steering:
     """True for T: chosen responses to safety prompts."""
     rows: pd.DataFrame
     units: pd.DataFrame
+    selection: tuple[Any, Any]
+    """z of the chosen and rejected RM-Bench responses that the feature was chosen on."""
+    dropped: int
+    """RM-Bench safety prompts left out of the selection because RewardBench 2 asks them too, or nearly."""
 
     @property
     def table(self) -> pd.DataFrame:
@@ -356,7 +369,11 @@ def steering(run: Run, seed: int, factor: float | None = None) -> Steering:
     """Choose the safety feature with the highest s on RM-Bench's safety domains, and steer it on RewardBench 2."""
     scored, w = run.scored("sarm", seed), run.head("sarm", seed)
     (rm_units, rm_z), (rb_units, rb_z) = scored.part("rm_bench"), scored.part("rewardbench2")
-    safety = rm_units.domain.str.startswith("safety")
+    safety = rm_units.domain.str.startswith("safety").to_numpy()
+    repeated = _asked_in(rm_units[safety], rb_units[rb_units.domain == "Safety"])
+    safety = safety & ~rm_units.prompt_id.isin(repeated).to_numpy()
+    if not safety.any():
+        raise DataError("RewardBench 2 asks every safety prompt of RM-Bench; no prompt is left to choose a feature on")
     chosen = np.flatnonzero(safety & (rm_units.label == "chosen"))
     rejected = np.flatnonzero(safety & (rm_units.label == "rejected"))
     groups = rm_units.prompt_id.to_numpy()[chosen]
@@ -365,7 +382,72 @@ def steering(run: Run, seed: int, factor: float | None = None) -> Steering:
     target = ((rb_units.domain == "Safety") & (rb_units.label == "chosen")).to_numpy()
     analysis = SteeringAnalysis(rb_z, rb_units.reward.to_numpy(), w, rb_units.prompt_id.to_numpy())
     return Steering(seed, int(scores.feature.iloc[0]), run.profile.steering.factor if factor is None else factor,
-                    scores, stability, analysis, target, rows_from_index(rb_units), rb_units)
+                    scores, stability, analysis, target, rows_from_index(rb_units), rb_units,
+                    (rm_z[chosen], rm_z[rejected]), len(repeated))
+
+
+def _asked_in(units: pd.DataFrame, others: pd.DataFrame) -> set[str]:
+    """Ids of the prompts of ``units`` that ``others`` ask too, exactly or nearly (``drop_contaminated``)."""
+    from .data.preferences import drop_contaminated
+    prompts = units.drop_duplicates("prompt_id")
+    asked = [{"id": one.prompt_id, "prompt": [{"role": "user", "content": one.prompt_text}]}
+             for one in prompts.itertuples()]
+    kept = drop_contaminated(asked, others.prompt_text.unique())
+    return set(prompts.prompt_id) - {one["id"] for one in kept}
+
+
+def selection_table(run: Run, seed: int) -> pd.DataFrame:
+    """Which feature each score would choose on RM-Bench safety, and how sure it is.
+
+    Columns: score, feature, s, w, top1_frequency, top_jaccard, fires_in_T and fires_in_C (shares on RewardBench 2).
+    The scores are ``feature_scores``' methods, the paper's with the released shrinkage over all M features, and
+    SAFER's (summed over all sentence ends)."""
+    one = steering(run, seed)
+    (pos, neg), found = one.selection, []
+    for name, settings in {"paper": {}, "paper, shrunk over all M": {"shrinkage": "all"},
+                           **{m: {"method": m} for m in ("frequency", "pair_mean", "t", "auroc")}}.items():
+        found.append((name, feature_scores(pos, neg, **settings), rank_stability(pos, neg, n_boot=50, **settings)))
+    pos, neg = safer_features(run, seed)
+    found.append(("SAFER, all sentence ends", feature_scores(pos, neg), rank_stability(pos, neg, n_boot=50)))
+    lines = []
+    for name, scores, stability in found:
+        feature = int(scores.feature.iloc[0])
+        active = one.analysis.activation(feature) != 0
+        lines.append({"score": name, "feature": feature, "s": scores.s.iloc[0], "w": one.analysis.w[feature],
+                      "top1_frequency": stability["top1_frequency"], "top_jaccard": stability["top_jaccard"],
+                      "fires_in_T": active[one.target].mean(), "fires_in_C": active[~one.target].mean()})
+    return pd.DataFrame(lines)
+
+
+def safer_features(run: Run, seed: int) -> tuple[Any, Any]:
+    """Features summed over all sentence ends of the chosen and rejected RM-Bench safety answers (csr [n, M] each)."""
+    from .sarm.controls import sentence_end_features
+    units = run.scored("sarm", seed).part("rm_bench")[0]
+    rb_units = run.scored("sarm", seed).part("rewardbench2")[0]
+    units = units[units.domain.str.startswith("safety")]
+    units = units[~units.prompt_id.isin(_asked_in(units, rb_units[rb_units.domain == "Safety"]))]
+    model, found = run.load_reward("sarm", seed), []
+    for label in ("chosen", "rejected"):
+        part = units[units.label == label]
+        talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+                 for a, b in zip(part.prompt_text, part.text, strict=True)]
+        found.append(sentence_end_features(model, run.tokenizer, talks, max_length=run.profile.benchmarks.max_length))
+    return found[0], found[1]
+
+
+def control_table(run: Run, one: Steering) -> pd.DataFrame:
+    """The edit against others of the same size (``controls.compare_edits``): directions learned on the same prompts,
+    a stretch of high rewards, length."""
+    from .sarm.controls import compare_edits, control_edits, selection_directions
+    changes = control_edits(one.analysis, one.feature, one.factor, selection_directions(*one.selection),
+                            one.units.length.to_numpy())
+    return compare_edits(one.analysis, changes, one.target, one.rows, target_subsets=("Safety",))
+
+
+def chance_table(one: Steering, n_perm: int = 1000) -> pd.DataFrame:
+    """``controls.max_t``: which features move T more than C beyond what any other prompts would show."""
+    from .sarm.controls import max_t
+    return max_t(one.analysis, one.target, (one.units.label == "chosen").to_numpy(), n_perm=n_perm, seed=one.seed)
 
 
 def feature_meaning(one: Steering) -> pd.DataFrame:
@@ -384,16 +466,23 @@ def feature_meaning(one: Steering) -> pd.DataFrame:
 
 
 def steering_table(run: Run) -> pd.DataFrame:
-    """One row per seed: the feature, its s, w, stability, activity, and the shifts of T and C (sd of rewards)."""
+    """One row per seed: the feature, its s, w, stability, activity, the shifts of T and C (sd of rewards), their
+    difference at equal base reward, and how often a random direction or another feature does at least as much."""
     lines = []
     for seed in run.profile.seeds:
         one = steering(run, seed)
         shifts = summarise_shift(one.table, n_boot=run.profile.steering.bootstrap).set_index("set")
         t, c = one.shifts()
+        matched = matched_difference(one.table, n_boot=run.profile.steering.bootstrap)
+        spread = one.analysis.rewards.std()
+        _, rank = one.analysis.controls(one.feature, one.factor, one.target)
         lines.append({"seed": seed, "feature": one.feature, "s": one.scores.s.iloc[0],
                       "w": one.analysis.w[one.feature], "top1_frequency": one.stability["top1_frequency"],
                       "active_T": shifts.share_active["T"], "active_C": shifts.share_active["C"],
-                      "shift_T": t, "shift_C": c, "T_minus_C": t - c})
+                      "shift_T": t, "shift_C": c, "T_minus_C": t - c,
+                      **{f"matched_{k}": matched[v] / spread for k, v in (("T_minus_C", "difference"), ("lo", "lo"),
+                                                                          ("hi", "hi"))},
+                      "p_random": rank["matched_did_p_random"], "p_live": rank["matched_did_p_live"]})
     return pd.DataFrame(lines)
 
 

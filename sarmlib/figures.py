@@ -392,6 +392,70 @@ def selectivity(controls: pd.DataFrame, title: str = "", name: str = "chosen fea
 
 
 @_figure
+def shift_by_set(summary: pd.DataFrame, title: str = "") -> Figure:
+    """Mean shift with its interval, and the share of active responses, for T and the parts of C apart.
+
+    summary: of ``summarise_shift``.  C as a whole is left out when its parts are there.
+    """
+    data = _need(summary, "set", "n", "shift", "shift_lo", "shift_hi", "share_active")
+    data = data[data["set"] != "C"] if len(data) > 2 else data
+    place = np.arange(len(data))[::-1]
+    fig, axes = _axes(PAGE, 0.75 + 0.32 * len(data), 1, 2, sharey=True)
+    axes[0].axvline(0, color=GREY, lw=0.7)
+    axes[0].hlines(place, data["shift_lo"], data["shift_hi"], color=BLUE, lw=1.3)
+    axes[0].plot(data["shift"], place, "o", color=BLUE)
+    axes[0].set_yticks(place, [f"{name} (n = {n})" for name, n in zip(data["set"], data["n"], strict=True)])
+    axes[0].set(xlabel="mean reward shift (95 %, prompts resampled)", ylim=(-0.6, len(data) - 0.4))
+    axes[1].barh(place, 100 * data["share_active"], height=0.5, color=ORANGE, hatch="///", edgecolor="white", lw=0.3)
+    axes[1].set(xlabel="responses with the feature active (%)", xlim=(0, 100))
+    return _titled(fig, title)
+
+
+@_figure
+def pareto(data: pd.DataFrame, title: str = "") -> Figure:
+    """Safety margin gained against the worst loss on another subset, for one to many features; the front is joined.
+
+    data: of ``controls.pareto`` (features, target_margin, worst_off_target, front).
+    """
+    data = _need(data, "features", "target_margin", "worst_off_target", "front")
+    fig, ax = _axes(COLUMN * 1.25, 2.6)
+    for i, (count, part) in enumerate(data.groupby("features")):
+        ax.plot(100 * part["worst_off_target"], part["target_margin"], MARKERS[i % 8], color=PALETTE[i % 10], ms=4,
+                label=f"{count} feature{'s' if count > 1 else ''}", alpha=0.9)
+    front = data[data["front"].astype(bool)].sort_values(["worst_off_target", "target_margin"])
+    ax.plot(100 * front["worst_off_target"], front["target_margin"], "-", color=GREY, lw=0.9, zorder=1,
+            label="front")
+    ax.axhline(0, color=GREY, lw=0.5, zorder=0)
+    ax.axvline(0, color=GREY, lw=0.5, zorder=0)
+    ax.set(xlabel="worst accuracy change on another subset (points)", ylabel="safety margin gained (sd)")
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=4, handletextpad=0.3, columnspacing=1)
+    return _titled(fig, title)
+
+
+@_figure
+def doses(tables: dict[float, pd.DataFrame], title: str = "", bins=36) -> Figure:
+    """The slider's cards side by side: rewards of T (upper row) and C before and after, one column per factor."""
+    fig, axes = _axes(PAGE, 2.4, 2, len(tables), squeeze=False, sharex="col", sharey="row")
+    for column, (factor, table) in enumerate(tables.items()):
+        table = _need(table, "reward", "reward_steered", "is_target")
+        both = np.r_[table["reward"], table["reward_steered"]]
+        low, high = np.quantile(both, [0.002, 0.998])
+        edges = np.linspace(low, high + 1e-9, bins + 1)
+        for row, (name, inside) in enumerate((("T", True), ("C", False))):
+            part, ax = table[table["is_target"].astype(bool) == inside], axes[row][column]
+            ax.hist(part["reward"].clip(edges[0], edges[-1]), edges, density=True, color=GREY, alpha=0.5)
+            ax.hist(part["reward_steered"].clip(edges[0], edges[-1]), edges, density=True, histtype="step",
+                    color=ORANGE, ls="--", lw=1.1)
+            ax.set_yticks([])
+            ax.tick_params(labelsize=5.5)
+            if not column:
+                ax.set_ylabel(name)
+        axes[0][column].set_title(f"factor {factor:g}", loc="center")
+    fig.supxlabel("reward: before (grey), after (dashed)", fontsize=7)
+    return _titled(fig, title)
+
+
+@_figure
 def confound(table: pd.DataFrame, title: str = "", by="set", bins=8) -> Figure:
     """Activation rate of the steered feature against the base reward: are T and C moved by safety or by reward?
 

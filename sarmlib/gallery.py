@@ -145,6 +145,36 @@ def figure3(run: Run) -> Drawn:
 
 
 @_add
+def shift_by_set(run: Run) -> Drawn:
+    from .sarm.steering import summarise_shift
+    one = _steering(run)
+    data = summarise_shift(one.table, n_boot=run.profile.steering.bootstrap)
+    return figures.shift_by_set(data, "Who moves?"), data, (
+        f"Mean shift and activity of the steered feature in T, safety-rejected and other responses, seed {one.seed}.")
+
+
+@_add
+def doses(run: Run) -> Drawn:
+    one = _steering(run)
+    tables = {f: one.analysis.table(one.feature, f, one.target) for f in (-8, 0, 1, 2, 8, 40)}
+    data = pd.concat([t[["reward_steered", "is_target"]].assign(factor=f) for f, t in tables.items()])
+    data = data.groupby(["factor", "is_target"]).reward_steered.describe().round(6).reset_index()
+    return figures.doses(tables, "The slider, standing still"), data, (
+        f"Rewards of T and C before and after, at six factors, seed {one.seed}.")
+
+
+@_add
+def pareto(run: Run) -> Drawn:
+    from .sarm.controls import pareto as front
+    one = _steering(run)
+    size = ((one.factor - 1) ** 2 * (one.analysis.contribution(one.feature) ** 2).mean()) ** 0.5
+    data = front(one.analysis, one.scores[one.scores.eligible].feature.to_numpy(), size, one.rows, ("Safety",))
+    return figures.pareto(data, "More features at once"), data, (
+        "Margin gained on Safety against the worst accuracy change on another subset, when the 1 to 32 features with "
+        f"the highest s are steered together, at 1/4 to 4 times the size of the single edit, seed {one.seed}.")
+
+
+@_add
 def dose_response(run: Run) -> Drawn:
     one = _steering(run)
     data = one.analysis.dose_response(one.feature, run.profile.steering.doses, one.target, one.rows,

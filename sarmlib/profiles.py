@@ -243,7 +243,7 @@ class Steering:
 
     factor: float = 8.0
     """"We then multiply the i-th value-head parameter by a constant" (the constant is not stated)."""
-    doses: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+    doses: tuple[float, ...] = (-8.0, -2.0, 0.0, 0.5, 1.0, 2.0, 5.0, 8.0, 10.0, 20.0, 40.0, 80.0, 160.0)
     """Factors of the dose-response curve."""
     bootstrap: int = 2000
     """Resamples behind each interval."""

@@ -264,10 +264,29 @@ def test_shuffled_target_moves_like_the_rest(one):
     assert abs(np.mean(spread)) < 4 * np.std(spread) / np.sqrt(200)
 
 
+def test_no_prompt_of_rewardbench2_chooses_the_feature(run, one):
+    asked = set(one.units[one.units.domain == "Safety"].prompt_text)
+    units = run.scored("sarm", 0).part("rm_bench")[0]
+    units = units[units.domain.str.startswith("safety")]
+    kept = units[~units.prompt_id.isin(analysis._asked_in(units, one.units[one.units.domain == "Safety"]))]
+    assert not set(kept.prompt_text) & asked and one.selection[0].shape[0] == (kept.label == "chosen").sum()
+    assert one.dropped == units.prompt_id.nunique() - kept.prompt_id.nunique()
+
+
+def test_controls_and_chance_of_a_run(run, one):
+    table = analysis.control_table(run, one)
+    assert {"difference in means", "logistic probe", "reward stretch", "length"} < set(table.edit)
+    assert table.edit[0] == f"feature {one.feature}"
+    change = (one.factor - 1) * one.analysis.contribution(one.feature)
+    assert table.did[0] == pytest.approx(change[one.target].mean() - change[~one.target].mean())
+    chance = analysis.chance_table(one, n_perm=50)
+    assert chance.p_max.between(1 / 51, 1).all() and set(chance.feature) <= set(one.analysis.live)
+
+
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 ALWAYS = ["sae_training", "feature_density", "reward_training", "feature_weights", "concepts", "figure3",
-          "dose_response", "selectivity", "confound", "table1", "table2"]
+          "shift_by_set", "doses", "pareto", "dose_response", "selectivity", "confound", "table1", "table2"]
 
 
 @pytest.mark.parametrize("name", ALWAYS)

@@ -24,11 +24,12 @@ FLOORS = [
     ["sarmlib.evaluation"],
     ["sarmlib.sae"],
     ["sarmlib.figures", "sarmlib.claims", "sarmlib.runner"],
+    ["sarmlib.figures_rq3"],
     ["sarmlib.sarm"],
     ["sarmlib.interpretation"],
     ["sarmlib.stages"],
     ["sarmlib.analysis"],
-    ["sarmlib.gallery", "sarmlib.report"],
+    ["sarmlib.gallery", "sarmlib.report", "sarmlib.slider"],
     ["sarmlib.commands"],
     ["sarmlib.__main__"],
 ]

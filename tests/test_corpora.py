@@ -118,6 +118,21 @@ def test_refusals_come_before_the_first_document(tmp_path):
         list(iter_corpus(tmp_path / "cut.txt.gz"))
 
 
+def test_files_that_are_not_text(tmp_path):
+    (tmp_path / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(range(256)))
+    (tmp_path / "wide.txt.gz").write_bytes(gzip.compress("Text in UTF-16.".encode("utf-16")))
+    (tmp_path / "rows.jsonl").write_bytes(bytes(range(128, 256)))
+    (tmp_path / "table.parquet").write_bytes(b"PAR1 and no more")
+    for name, word in (("image.txt", "not text"), ("wide.txt.gz", "UTF-16"), ("rows.jsonl", "not UTF-8"),
+                       ("table.parquet", "cannot be read")):
+        with pytest.raises(DataError, match=word) as caught:
+            list(iter_corpus(tmp_path / name))
+        assert name in str(caught.value)
+    (tmp_path / "weights.pt").write_bytes(b"PK")
+    with pytest.raises(DataError, match="holds no text; supported"):
+        iter_corpus(tmp_path / "weights.pt")
+
+
 def test_real_corpora():
     wiki = list(iter_corpus(shared_path("data/real/corpus_wikitext2")))
     assert 115 <= len(wiki) <= 130 and not any(" @-@ " in d or "<unk>" in d for d in wiki)

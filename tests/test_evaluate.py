@@ -15,8 +15,10 @@ from transformers import AutoConfig, LlamaForSequenceClassification, dynamic_mod
 
 from sarmlib.__main__ import main
 from sarmlib.chat import FALLBACK_TEMPLATE
+from sarmlib.commands.evaluate import benchmark_rows
 from sarmlib.errors import ConfigError, ModelError, OfflineError
 from sarmlib.evaluation import adapters, evaluate
+from sarmlib.evaluation.published import count_parameters
 from sarmlib.evaluation.scoring import score_rewardbench2
 
 from .tiny import tiny_config, tiny_sarm, tiny_tokenizer, words
@@ -179,6 +181,14 @@ def save(model, tokenizer, folder):
     return folder
 
 
+def test_sizes_are_counted_from_the_files(tmp_path):
+    model = classifier()
+    save(model, tiny_tokenizer(), tmp_path / "one")
+    assert count_parameters(tmp_path / "one") == sum(p.numel() for p in model.parameters())
+    with pytest.raises(ModelError, match="no .*safetensors"):
+        count_parameters(tmp_path)
+
+
 def test_a_hub_id_offline_fails_soon_with_one_sentence(monkeypatch):
     monkeypatch.setattr("sarmlib.backbone._hub_reachable", lambda timeout=3.0: False)
     start = time.perf_counter()
@@ -244,6 +254,26 @@ def test_the_command_scores_a_sarm_from_a_local_folder(tmp_path, capsys):
     assert main([*arguments[:-1], str(tmp_path / "few"), "--limit", "2"]) == 0
     few = json.loads((tmp_path / "few" / "results.json").read_text())
     assert few["benchmarks"]["rewardbench2"]["n_rows"] == {"Math": 2, "Focus": 2}
+
+
+def test_data_folders_laid_out_as_on_the_hub(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as parquet
+    (tmp_path / "reward-bench-2" / "data").mkdir(parents=True)
+    parquet.write_table(pa.Table.from_pylist(rb2(5)),
+                        tmp_path / "reward-bench-2" / "data" / "test-00000-of-00001.parquet")
+    (tmp_path / "RM-Bench").mkdir()
+    (tmp_path / "RM-Bench" / "total_dataset.json").write_text(json.dumps(rm(4)))
+    found = benchmark_rows(["rewardbench2", "rm_bench"], str(tmp_path))
+    assert {name: len(rows) for name, rows in found.items()} == {"rewardbench2": 5, "rm_bench": 4}
+    assert found["rewardbench2"].report.notes[0].startswith("subset missing")
+
+
+def test_the_command_says_one_sentence_when_a_hub_id_is_out_of_reach(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("sarmlib.backbone._hub_reachable", lambda timeout=3.0: False)
+    assert main(["evaluate", "--model", "nobody/none", "--data", "toy", "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: model 'nobody/none' is neither") and "\n" not in error
 
 
 @pytest.mark.parametrize(("change", "message"), [

@@ -43,7 +43,8 @@ def nothing():
 
 def test_identity_recovers_everything_and_zeros_nothing(model):
     full = loss_recovered(model, tiny_tokenizer(), identity(), 2, documents(), "every")
-    assert full["loss_recovered"] == pytest.approx(1, abs=1e-4) and full["ce_sae"] == pytest.approx(full["ce"], abs=1e-5)
+    assert full["loss_recovered"] == pytest.approx(1, abs=1e-4)
+    assert full["ce_sae"] == pytest.approx(full["ce"], abs=1e-5)
     none = loss_recovered(model, tiny_tokenizer(), nothing(), 2, documents(), "every")
     assert none["ce_sae"] == none["ce_zero"] and none["loss_recovered"] == 0
     assert none["ce"] == full["ce"] != none["ce_zero"]

@@ -92,6 +92,28 @@ def test_saelens_none_is_exact_and_layer_norm_is_close(bias, tmp_path):
     assert not back.normalizes and torch.equal(back.W_enc, sae.W_enc)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_real_saelens_reads_our_folder(bias, tmp_path):
+    lens = pytest.importorskip("sae_lens", reason="the extra 'peers' is not installed")
+    sae, x = make(encoder_bias=bias), states()
+    other = lens.SAE.load_from_disk(save_saelens(sae, tmp_path / "none", normalization="none"))
+    mine = sae.encode(x).dense()
+    with torch.no_grad():
+        z = other.encode(sae.normalize(x)[0])
+        assert torch.equal(z, mine) and torch.equal(other.decode(z), sae.decode(mine))  # to the last bit
+        other = lens.SAE.load_from_disk(save_saelens(sae, tmp_path / "ln"))
+        z = other.encode(x)
+        torch.testing.assert_close(z, mine, rtol=0, atol=1e-3)
+        torch.testing.assert_close(other.decode(z), sae(x).x_hat, rtol=0, atol=1e-3)
+
+
+def test_the_real_sparsifys_folder_is_read(tmp_path):
+    sparsify = pytest.importorskip("sparsify", reason="eai-sparsify is not installed")
+    coder = sparsify.SparseCoder(6, sparsify.SparseCoderConfig(num_latents=20, k=3), device="cpu")
+    coder.save_to_disk(tmp_path)
+    torch.testing.assert_close(load_sparsify(tmp_path)(states()).x_hat, coder(states()).sae_out, rtol=0, atol=1e-6)
+
+
 def test_saelens_refusals(tmp_path):
     with pytest.raises(ConfigError, match="allow_relu"):
         save_saelens(make(relu=False), tmp_path)

@@ -1,20 +1,24 @@
 """SAE training: gradients of the real step, AuxK, exact resume, mixing, metrics, refusals."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
 import textwrap
+import types
 from dataclasses import replace
 
 import pytest
 import torch
 
 from sarmlib.errors import ArtifactError, ConfigError, DataError
+from sarmlib.sae import training
 from sarmlib.sae.model import TopKSAE, normalized_mse
 from sarmlib.sae.training import (
     CHECKPOINT,
+    METRICS,
     SAETrainConfig,
     auxk_loss,
     evaluate_sae,
@@ -250,6 +254,56 @@ def test_checkpoint_of_another_run_or_other_data_or_damaged_is_refused(tmp_path)
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ArtifactError, match="damaged"):
         train(x, FAST, resume_dir=tmp_path)
+
+
+def test_a_full_disk_is_named_and_leaves_the_last_checkpoint(tmp_path, monkeypatch):
+    x, config = planted(), replace(FAST, checkpoint_every=5)
+    whole, _ = train(x, config)
+    saves, real = [], training.save_file
+
+    def full(tensors, path, **kwargs):
+        real(tensors, path, **kwargs)
+        saves.append(path)
+        if len(saves) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(training, "save_file", full)
+    with pytest.raises(ArtifactError, match="No space left on device.*check space"):
+        train(x, config, resume_dir=tmp_path)
+    monkeypatch.undo()
+    assert [path.name for path in tmp_path.iterdir()] == [CHECKPOINT]
+    assert bits(train(x, config, resume_dir=tmp_path)[0]) == bits(whole)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtifactError, match=METRICS):
+        train(x, config, log_dir=tmp_path / "file")
+
+
+def test_metrics_go_to_a_file_of_json_lines_that_a_resumed_run_goes_on_with(tmp_path):
+    x = planted()
+    train(x, replace(FAST, steps=10), resume_dir=tmp_path, log_dir=tmp_path / "log")
+    with open(tmp_path / "log" / METRICS, "a") as file:
+        file.write('{"step": 11, "half-writ')  # as a kill leaves it
+    _, log = train(x, FAST, resume_dir=tmp_path, log_dir=tmp_path / "log")
+    lines = (tmp_path / "log" / METRICS).read_text().splitlines()
+    assert [json.loads(line) for line in lines] == log and [entry["step"] for entry in log] == [5, 10, 15, 20]
+
+
+def test_tensorboard_gets_the_metrics_where_it_is_installed(tmp_path, monkeypatch):
+    seen = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step=None):
+            self.folder = folder
+
+        def add_scalar(self, name, value, step):
+            seen.append((name, step))
+
+        def close(self):
+            seen.append("closed")
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    train(planted(), FAST, log_dir=tmp_path)
+    assert ("sae/fvu", 20) in seen and ("sae/dead_fraction", 5) in seen and seen[-1] == "closed"
 
 
 def test_shuffle_buffer_keeps_every_vector_and_mixes():

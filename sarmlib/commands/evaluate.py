@@ -16,7 +16,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--rm-bench-revision", help="commit of THU-KEG/RM-Bench on the hub, with --data hub")
     parser.add_argument("--trust-remote-code", action="store_true", help="run the Python code that the model brings")
     parser.add_argument("--limit", type=int, help="at most this many rows per subset (Ties couples stay whole)")
-    parser.add_argument("--batch-tokens", type=int, help="padded tokens a batch (default 2048 on a CPU, 32768 else)")
+    parser.add_argument("--batch-tokens", type=int, help="padded tokens a batch (default: fitting the machine)")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
 

@@ -33,7 +33,7 @@ def iter_corpus(source, *, text_field: str = "text", order: str = "sequential", 
     ``seed`` shuffles through a buffer of that many documents (None: as read).  WikiText is detokenised, and its
     "<unk>" becomes ``unk``, since many tokenizers read the literal as their unknown token.  ``on_bad``: "refuse" or
     "skip" for rows without text; pass a ``report`` to have documents and skipped rows counted.  Raises DataError for
-    absent files, folders without text and unreadable rows.
+    absent files, folders without text, files that are not text, and unreadable rows.
     """
     if order not in ("sequential", "balanced") or on_bad not in ("refuse", "skip"):
         raise ConfigError(f"order is {order!r} (sequential, balanced), on_bad is {on_bad!r} (refuse, skip)")
@@ -171,6 +171,9 @@ def _is_utf8(path: Path) -> bool:
     with (gzip.open(path) if zipped else path.open("rb")) as handle:
         try:
             while chunk := handle.read(1 << 20):
+                if b"\0" in chunk:
+                    raise DataError(f"{path} is not text: it holds NUL bytes; leave binary files out of the corpus, "
+                                    "and save UTF-16 text as UTF-8")
                 decoder.decode(chunk)
             decoder.decode(b"", final=True)
         except UnicodeDecodeError:

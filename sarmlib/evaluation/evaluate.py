@@ -121,15 +121,16 @@ def encode(tokenizer, conversations: Sequence[Sequence[dict]], max_length: int, 
     """Token ids as the official pipelines make them; which texts start with a doubled BOS (its first is masked); and
     how many texts were cut to ``max_length`` on ``side`` ("left", "right", None: the tokenizer's own)."""
     texts = [render(tokenizer, talk) for talk in conversations]
+    ids = tokenizer(texts, verbose=False)["input_ids"] if texts else []
+    long = [i for i, one in enumerate(ids) if len(one) > max_length]
     before, tokenizer.truncation_side = tokenizer.truncation_side, side or tokenizer.truncation_side
     try:
-        whole = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]]
-        ids = tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+        for i in long:
+            ids[i] = tokenizer(texts[i], truncation=True, max_length=max_length)["input_ids"]
     finally:
         tokenizer.truncation_side = before
     bos = tokenizer.bos_token_id
-    doubled = [bos is not None and one[:2] == [bos, bos] for one in ids]
-    return ids, doubled, sum(a > len(b) for a, b in zip(whole, ids, strict=True))
+    return ids, [bos is not None and one[:2] == [bos, bos] for one in ids], len(long)
 
 
 def answers(row: dict) -> list[str]:
@@ -155,8 +156,8 @@ def evaluate(scorer: Scorer, rows: dict[str, Rows], output: str | Path, *, batch
     """Score benchmark rows ``{"rewardbench2": rows, "rm_bench": rows}`` and write ``scores.jsonl`` and
     ``results.json`` into ``output``; returns what results.json holds (`summary`).
 
-    ``batch_tokens``: padded tokens a batch (None: 2048 on a CPU, 32768 else).  Run again after an interruption it
-    scores only what is missing; ConfigError when the folder holds another model, text rule or data.
+    ``batch_tokens``: padded tokens a batch (None: on a CPU what its caches hold, 32768 else).  Run again after an
+    interruption it scores only what is missing; ConfigError when the folder holds another model, text rule or data.
     """
     output = Path(output)
     output.mkdir(parents=True, exist_ok=True)
@@ -178,8 +179,7 @@ def evaluate(scorer: Scorer, rows: dict[str, Rows], output: str | Path, *, batch
                      for name, part in rows.items()}}
     done = resume(output / "scores.jsonl", head)
     todo = [job for job in jobs if job[0] not in done]
-    on_cpu = next(scorer.model.parameters()).device.type == "cpu"
-    size = batch_tokens if batch_tokens is not None else 2048 if on_cpu else 32_768
+    size = batch_tokens if batch_tokens is not None else _fitting_batch(scorer.model)
     if size < 1:
         raise ConfigError(f"batch_tokens must be positive, got {size}")
     batches = list(token_batches([len(ids) for _, ids, _ in todo], size))
@@ -197,11 +197,19 @@ def evaluate(scorer: Scorer, rows: dict[str, Rows], output: str | Path, *, batch
                                        "tokens": len(ids)}) + "\n")
             file.flush()
             os.fsync(file.fileno())
-    found = {**head, "text": rules, "benchmarks": {
+    size = sum(weight.numel() for weight in scorer.model.parameters())
+    found = {**head, "parameters": size, "text": rules, "benchmarks": {
         name: summary(name, join(name, part, done), getattr(getattr(part, "report", None), "notes", []))
         for name, part in rows.items()}}
     write_json(output / "results.json", found)
     return found
+
+
+def _fitting_batch(model) -> int:
+    """Padded tokens a batch: on a CPU the activations of one layer should stay in its second-level cache."""
+    if next(model.parameters()).device.type != "cpu":
+        return 32_768
+    return max(256, 2**16 // model.config.get_text_config().hidden_size)
 
 
 def resume(path: Path, head: dict) -> dict[tuple[str, int, int], float]:
@@ -280,7 +288,7 @@ def equal_scores(name: str, scored: Sequence[dict]) -> dict[str, int]:
 
 def lines(found: dict) -> list[str]:
     """What `evaluate` found, as sentences for a terminal; a benchmark with missing parts shows no overall score."""
-    out = [f"model {found['model']} ({found['dtype']})"]
+    out = [f"model {found['model']} ({found['parameters']:,} parameters, {found['dtype']})"]
     for name, result in found["benchmarks"].items():
         text, equal = found["text"][name], result["equal_scores"]
         parts = ", ".join(f"{part} {'–' if value is None else f'{100 * value:.1f}'} ({result['n_rows'][part]} rows)"

@@ -6,7 +6,12 @@ RewardBench 2 leaderboard; ``size`` is as printed.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pandas as pd
+from safetensors import safe_open
+
+from sarmlib.errors import ModelError
 
 SOURCE = "Zhang et al., Interpretable Reward Model via Sparse Autoencoder, AAAI 2026"
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
@@ -49,3 +54,20 @@ def table_1() -> pd.DataFrame:
 def table_2() -> pd.DataFrame:
     """Table 2 of the paper: columns variant (our name of it), model, size, Overall and the six subsets."""
     return _frame(_TABLE_2, "variant")
+
+
+def count_parameters(folder: str | Path) -> int:
+    """Numbers stored in a model folder's safetensors files (shared weights are stored once): the size to print beside
+    the published ones.  Only the headers are read; ModelError when there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} holds no *.safetensors file whose parameters could be counted")
+    total = 0
+    for file in files:
+        with safe_open(file, framework="numpy") as weights:
+            for name in weights.keys():
+                size = 1
+                for length in weights.get_slice(name).get_shape():
+                    size *= length
+                total += size
+    return total

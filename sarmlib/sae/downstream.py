@@ -35,7 +35,8 @@ def loss_recovered(
     """
     depth = n_layers(model.config)
     if not 1 <= layer <= depth:
-        raise ConfigError(f"layer={layer} is out of range for a {depth}-layer {model.config.model_type}; use 1..{depth}")
+        raise ConfigError(f"layer={layer} is out of range for a {depth}-layer {model.config.model_type}; "
+                          f"use 1..{depth}")
     block, rule, device = _layers(model, depth)[layer - 1], position_rule(tokenizer, positions), model.device
     sums, tokens = {"ce": 0.0, "ce_sae": 0.0, "ce_zero": 0.0}, 0
     for text in texts:

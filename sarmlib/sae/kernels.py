@@ -55,9 +55,13 @@ def topk_autoencode(
 
 def preactivations(x: Tensor, W_enc: Tensor, b_pre: Tensor, b_enc: Tensor | None, out: Tensor | None = None) -> Tensor:
     """W_enc (x - b_pre) + b_enc (paper eq. 2 before sigma): [B,d] -> [B,M]."""
+    return _product(x - b_pre, W_enc, b_enc, out)
+
+
+def _product(centered: Tensor, W_enc: Tensor, b_enc: Tensor | None, out: Tensor | None) -> Tensor:
     if out is None:
-        return F.linear(x - b_pre, W_enc, b_enc)
-    centered, out = x - b_pre, out[: x.shape[0]]
+        return F.linear(centered, W_enc, b_enc)
+    out = out[: centered.shape[0]]
     return torch.mm(centered, W_enc.t(), out=out) if b_enc is None else torch.addmm(b_enc, centered, W_enc.t(), out=out)
 
 
@@ -162,24 +166,25 @@ class _SparseDecode(torch.autograd.Function):
 class _TopKAutoencode(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_pre, b_enc, W_dec, k, relu, workspace, matmul_dtype, tangent):
+        centered = x - b_pre
         if matmul_dtype is None or matmul_dtype == x.dtype:
-            pre = preactivations(x, W_enc, b_pre, b_enc, workspace)
+            pre = _product(centered, W_enc, b_enc, workspace)
         else:
             bias = None if b_enc is None else b_enc.to(matmul_dtype)
-            pre = F.linear((x - b_pre).to(matmul_dtype), W_enc.to(matmul_dtype), bias)
+            pre = F.linear(centered.to(matmul_dtype), W_enc.to(matmul_dtype), bias)
         values, indices = _keep_topk(pre, k, relu)
         values = values.to(x.dtype)
         ctx.relu, ctx.tangent = relu, tangent
-        ctx.save_for_backward(x, W_enc, b_pre, W_dec, indices, values)
+        ctx.save_for_backward(centered, W_enc, W_dec, indices, values)
         ctx.mark_non_differentiable(indices, values)
         with torch.enable_grad():  # keeps what embedding_bag needs for the gradient of its values
             ctx.leaf = values.detach().requires_grad_()
             ctx.decoded = rows_sum(indices, ctx.leaf, W_dec.detach())
-        return ctx.decoded.detach() + b_pre, indices, values
+        return ctx.decoded.detach().add_(b_pre), indices, values  # in place: no gradient reads the bag's output
 
     @staticmethod
     def backward(ctx, g, _, __):
-        x, W_enc, b_pre, W_dec, indices, values = ctx.saved_tensors
+        centered, W_enc, W_dec, indices, values = ctx.saved_tensors
         n_features, g = W_enc.shape[0], g.contiguous()
         (d_values,) = torch.autograd.grad(ctx.decoded, ctx.leaf, g, retain_graph=True)
         if ctx.relu:
@@ -189,7 +194,7 @@ class _TopKAutoencode(torch.autograd.Function):
         if ctx.tangent:
             radial = _per_feature(indices, values * d_values, n_features)
             to_dec.addcmul_(W_dec, radial[:, None], value=-1)
-        to_enc = pairs.scatter(x - b_pre, d_values)
+        to_enc = pairs.scatter(centered, d_values)
         per_feature = _per_feature(indices, d_values, n_features)
         # d/db_pre goes through the decoder (+) and, as -W_enc b_pre, through the encoder: an M-vector times W_enc
         to_pre = g.sum(0) - per_feature @ W_enc

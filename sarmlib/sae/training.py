@@ -132,8 +132,8 @@ def train_sae(
     options = {"encoder_bias": encoder_bias, "relu": relu, "normalize": normalize}
     sae = TopKSAE(d_model, n_features, k, generator=generator, **options).to(device)
     batches, total = _batches(activations, config, d_model)
-    folders = (None if folder is None else Path(folder) for folder in (resume_dir, log_dir))
-    trainer = _Trainer(sae, config, total, *folders, accelerator)
+    checkpoints, logs = (None if folder is None else Path(folder) for folder in (resume_dir, log_dir))
+    trainer = _Trainer(sae, config, total, checkpoints, logs, accelerator)
     trainer.run(batches, progress and trainer.rank == 0)
     return sae, trainer.log
 
@@ -324,7 +324,7 @@ class _Trainer:
                     write(self.log[-1])
                     bar.set_postfix(fvu=f"{metrics['fvu']:.4f}", dead=f"{metrics['dead_fraction']:.3f}", refresh=False)
                 if self.world > 1:  # a signal that one process got stops all of them after the same step
-                    signals = torch.tensor(stop[:1] or [0], device=batch.device)
+                    signals = torch.tensor(stop[:1] or [0], device=self.silent.device)
                     stop[:] = [int(number) for number in self.accelerator.gather(signals) if number]
                 if self.folder and (stop or self.step % self.config.checkpoint_every == 0):
                     self.save(batch)

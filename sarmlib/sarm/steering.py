@@ -100,27 +100,30 @@ def _head(model):
     return weight
 
 
-def steer(model, factors: dict[int, float]):
+def steer(model, factors: dict[int, float], add: dict[int, float] | None = None):
     """Deep copy of ``model`` whose head column i is multiplied by ``factors[i]`` (0 ablates, 1 changes nothing).
 
-    The edit is appended to ``config.sarm_edits`` (feature, factor, before, after), so it travels with
+    ``add[i]`` is added to weight i after that (also for a feature whose weight is zero); either way only responses in
+    which the feature is active change.  The edit is appended to ``config.sarm_edits``
+    (feature, factor, before, after), so it travels with
     ``save_pretrained`` and ``unsteer`` can undo it exactly.  Raises ModelError without a head, ConfigError for a
     feature out of range or a factor that is not finite.
     """
-    weight = _head(model)
-    for feature, factor in factors.items():
+    weight, add = _head(model), dict(add or {})
+    for feature, factor in [*factors.items(), *add.items()]:
         whole = isinstance(feature, (int, np.integer)) and not isinstance(feature, bool)
         if not (whole and 0 <= feature < weight.shape[1]):
             raise ConfigError(f"feature {feature!r} is not an integer in 0..{weight.shape[1] - 1}")
         if not (isinstance(factor, numbers.Real) and math.isfinite(factor)):
-            raise ConfigError(f"factor {factor!r} of feature {feature} is not a finite number")
+            raise ConfigError(f"factor or value {factor!r} of feature {feature} is not a finite number")
     edited = copy.deepcopy(model)
     head, edits = _head(edited).data, []
-    for feature, factor in factors.items():
+    for feature in {**factors, **add}:
         before = head[0, feature].item()
-        head[0, feature] *= float(factor)
-        edits.append({"feature": int(feature), "factor": float(factor), "before": before,
-                      "after": head[0, feature].item()})
+        factor, value = float(factors.get(feature, 1.0)), float(add.get(feature, 0.0))
+        head[0, feature] = head[0, feature] * factor + value
+        edits.append({"feature": int(feature), "factor": factor, "before": before, "after": head[0, feature].item()}
+                     | ({"added": value} if feature in add else {}))
     edited.config.sarm_edits = [*(getattr(model.config, "sarm_edits", None) or []), *edits]
     return edited
 
