@@ -79,9 +79,9 @@ def figures(arguments) -> None:
     target = REPOSITORY / "figures" / run.profile.name
     target.mkdir(parents=True, exist_ok=True)
     for name in names:
-        for suffix in (".png", ".csv", ".txt"):
+        for suffix in (".png", ".pdf", ".csv", ".txt"):
             shutil.copyfile((gallery.folder(run) / name).with_suffix(suffix), (target / name).with_suffix(suffix))
-    print(f"{len(names)} figures in {gallery.folder(run)} (with pdf) and {target}")
+    print(f"{len(names)} figures in {gallery.folder(run)} and {target}")
 
 
 def report(arguments) -> None:
@@ -119,23 +119,53 @@ def badges(arguments) -> None:
 
 
 def doctor(arguments) -> None:
-    """Print what a report of a problem needs: versions, processor, memory, disk, profiles and stored artifacts."""
+    """Print what a report of a problem needs: versions, devices, memory, disk, hub, profiles, artifacts, next step."""
     import shutil
 
     import torch
 
     from .artifacts import Store, versions
+    from .backbone import _hub_reachable
     from .profiles import load_profile, profile_names
+
+    def line(name: str, text) -> None:
+        print(f"{name:<14} {text}")
+
     for name, version in versions().items():
-        print(f"{name:<14} {version}")
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "none"
-    print(f"{'cores':<14} {os.cpu_count()}\n{'gpu':<14} {device}")
-    print(f"{'free disk':<14} {shutil.disk_usage('.').free / 2**30:.0f} GiB")
+        line(name, version)
+    cuda = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    line("cores", f"{os.cpu_count()}, of which this process may use {_usable_cores()}")
+    line("gpu", ", ".join(f"{one.name} ({one.total_memory / 2**30:.0f} GiB)" for one in cuda) or "none")
+    memory = _memory_gib()
+    line("memory", "unknown" if memory is None else f"{memory:.1f} GiB")
+    root = _root(arguments)
+    disk = shutil.disk_usage(next(p for p in (root, *root.parents) if p.exists())).free / 2**30
+    line("free disk", f"{disk:.0f} GiB where artifacts go")
+    line("hub", "can be reached" if _hub_reachable() else "cannot be reached: only toy and local will run")
+    line("hub token", "set" if os.environ.get("HF_TOKEN") else "not set (needed for gated models only)")
+    line("hub cache", os.environ.get("HF_HOME", "~/.cache/huggingface"))
     for name in profile_names():
         profile = load_profile(name, data="." if name == "local" else None)
-        print(f"{'profile':<14} {name:<10} {profile.hardware}; {profile.cost}")
-    root = _root(arguments)
-    print(f"{'artifacts':<14} {len(Store(root).artifacts())} of profile {Path(arguments.profile).stem} in {root}")
+        lacking = [what for what, bad in (("a GPU", profile.device == "cuda" and not cuda),
+                                          ("memory", memory is not None and memory < 3),
+                                          ("disk", disk < 1)) if bad]
+        line("profile", f"{name:<10} {'fits' if not lacking else 'lacks ' + ', '.join(lacking)}; {profile.hardware}; "
+                        f"{profile.cost}")
+    stored = len(Store(root).artifacts())
+    line("artifacts", f"{stored} of profile {Path(arguments.profile).stem} in {root}")
+    line("next", "make verify (which claims hold), make reproduce (finds what is done)" if stored
+         else "make reproduce (the toy profile needs no network and under ten minutes)")
+
+
+def _usable_cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _memory_gib() -> float | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    except (AttributeError, ValueError, OSError):  # not on Windows
+        return None
 
 
 def _parser() -> argparse.ArgumentParser:

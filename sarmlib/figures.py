@@ -586,6 +586,14 @@ def claims_forest(claims: pd.DataFrame, title: str = "") -> Figure:
     return _titled(fig, title or "value (dot), 95 % interval (line) and band (shaded), each on its own scale")
 
 
+def png(fig: Figure, dpi: int = 110) -> bytes:
+    """The figure as PNG bytes for a notebook's output; the same bytes for the same figure."""
+    buffer = io.BytesIO()
+    with paper_style():
+        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None})
+    return buffer.getvalue()
+
+
 def save_figure(fig: Figure, name: str, folder, data: pd.DataFrame, caption: str, profile: str) -> dict[str, Path]:
     """Write ``name``.png (200 dpi, under 300 kB), .pdf, .csv (the plotted numbers) and .txt (caption) into ``folder``.
 

@@ -138,7 +138,7 @@ def calibration_and_margins(margins: dict[str, np.ndarray], title: str = "", bin
     fig, (ax, other) = axes(PAGE, 2.5, 1, 2)
     ax.plot([0.5, 1], [0.5, 1], color=GREY, lw=0.8, ls=":", label="calibrated")
     edges = np.quantile(np.concatenate([np.asarray(v, float) for v in margins.values()]), [0.005, 0.995])
-    grid = np.linspace(*(edges if edges[0] < edges[1] else edges + [-1, 1]), 41)
+    grid = np.linspace(*(edges if edges[0] < edges[1] else edges + [-1, 1]), 41)  # type: ignore[call-overload]
     for i, (name, values) in enumerate(margins.items()):
         values, colour = np.asarray(values, float), PALETTE[i % 10]
         table = calibration_table(values, bins=bins)

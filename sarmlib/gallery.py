@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from . import analysis, figures
+from . import analysis, figures, figures_rq3
 from .analysis import VARIANT_NAMES
 from .errors import SarmlibError
 from .evaluation import published
@@ -37,7 +38,12 @@ def show(run: Run, name: str) -> Figure | None:
     except NotForThisRun as reason:
         print(f"{name}: {reason}")
         return None
-    figures.save_figure(fig, name, folder(run), data, f"{caption} {_setting(run)}", run.profile.name)
+    caption = f"{caption} {_setting(run)}"
+    figures.save_figure(fig, name, folder(run), data, caption, run.profile.name)
+    picture = figures.png(fig)
+    # What a notebook shows of a figure: the picture with its caption as alternative text.
+    bundle = {"image/png": picture}, {"image/png": {"alt": caption}}
+    setattr(fig, "_repr_mimebundle_", lambda include=None, exclude=None: bundle)  # noqa: B010
     return fig
 
 
@@ -210,6 +216,50 @@ def table1(run: Run) -> Drawn:
     return figures.table1(data, diamonds, f"RewardBench 2 subsets on {where}"), data, (
         "Bars: this run, t intervals over seeds. Diamonds: SARM-4B as printed in the paper's Table 1, another model "
         "on other data, for orientation only.")
+
+
+@_add
+def subset_heat_map(run: Run) -> Drawn:
+    if "rewardbench2" not in analysis.present(run):
+        raise NotForThisRun("there are no RewardBench 2 rows")
+    data = analysis.part_table(run, "rewardbench2")
+    return figures_rq3.part_heat_map(data, "RewardBench 2 by subset"), data.reset_index(), (
+        "Score of every reward model on every subset in percent, mean over seeds.")
+
+
+@_add
+def table1_dots(run: Run) -> Drawn:
+    if "rewardbench2" not in analysis.present(run):
+        raise NotForThisRun("there are no RewardBench 2 rows")
+    data = analysis.table_2_rows(run).rename(columns={"variant": "model"})[["model", "value", "lo", "hi"]]
+    paper = published.table_1().rename(columns={"Overall": "value"})
+    return figures_rq3.table1_dots(data, paper, "Table 1, and ours apart"), data, (
+        "This run with intervals; apart from it the rows of the paper's Table 1 as printed, other models and data.")
+
+
+@_add
+def differences(run: Run) -> Drawn:
+    if "rewardbench2" not in analysis.present(run):
+        raise NotForThisRun("there are no RewardBench 2 rows")
+    found = {name: analysis.difference(run, "sarm", name) for name in run.profile.variants if name != "sarm"}
+    data = pd.DataFrame([(VARIANT_NAMES[name], 100 * d.estimate, 100 * d.low, 100 * d.high)
+                         for name, d in found.items()], columns=["variant", "value", "lo", "hi"])
+    return figures_rq3.paired_differences(data, "SARM against each of the others"), data, (
+        "Differences of RewardBench 2 scores, paired over prompts and seeds.")
+
+
+@_add
+def calibration(run: Run) -> Drawn:
+    if "rewardbench2" not in analysis.present(run):
+        raise NotForThisRun("there are no RewardBench 2 rows")
+    margins = {VARIANT_NAMES[v]: np.concatenate([figures_rq3.reward_margins(run.scored(v, s).rewardbench2)
+                                                 for s in run.profile.seeds])
+               for v in ("sarm", "scalar_full") if v in run.profile.variants}
+    data = pd.concat([pd.DataFrame({"variant": name, "margin": m}) for name, m in margins.items()], ignore_index=True)
+    data = data.groupby("variant").margin.describe().reset_index()
+    return figures_rq3.calibration_and_margins(margins, "Margins, and what they promise"), data, (
+        "Reward margin between the chosen answer and each rejected one, and how often the sign is right against the "
+        "probability that Bradley-Terry gives it.")
 
 
 @_add

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -92,4 +93,6 @@ def test_commands_fail_with_one_sentence(arguments, message, capsys, monkeypatch
 def test_doctor_names_versions_profiles_and_artifacts(capsys):
     assert main(["doctor"]) == 0
     printed = capsys.readouterr().out
-    assert all(word in printed for word in ("torch", "cores", "free disk", "paper-4b", "artifacts"))
+    wanted = ("torch", "cores", "memory", "free disk", "hub", "paper-4b", "artifacts", "next")
+    assert all(word in printed for word in wanted)
+    assert re.search(r"^profile +toy +fits", printed, re.M)

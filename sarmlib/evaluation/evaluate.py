@@ -15,6 +15,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +41,7 @@ class Scorer:
     """A loaded reward model: ``model``, its ``tokenizer``, and how it was loaded (for the report)."""
 
     model: torch.nn.Module
-    tokenizer: object
+    tokenizer: Any
     name: str
     fingerprint: str
 
