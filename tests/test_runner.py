@@ -140,7 +140,9 @@ def test_a_removed_artifact_or_output_makes_the_notebook_run_again(tmp_path):
     run = runner.NotebookRun("01_a", "ran", 1.0, str(out), "")
     out.parent.mkdir()
     out.write_text("{}")
-    record = {"run": runner.asdict(run), "stamp": "abc", "sha256": runner.hash_file(out),
+    (root / "results").mkdir()
+    (claims := root / "results" / "01_a.json").write_text("{}")
+    record = {"run": runner.asdict(run), "stamp": "abc", "sha256": runner._sums(out, root),
               "artifacts": [f"s/{artifact.key}"]}
     out.with_suffix(".run.json").write_text(json.dumps(record))
     assert runner._finished(out, "abc", root).status == "unchanged"
@@ -148,6 +150,13 @@ def test_a_removed_artifact_or_output_makes_the_notebook_run_again(tmp_path):
     out.write_text("{ }")
     assert runner._finished(out, "abc", root) is None
     out.write_text("{}")
+    claims.write_text("{ ")
+    assert runner._finished(out, "abc", root) is None
+    claims.write_text("{}")
+    assert runner._finished(out, "abc", root).status == "unchanged"
+    (artifact.path / "stranger").write_text("x")
+    assert runner._finished(out, "abc", root) is None
+    (artifact.path / "stranger").unlink()
     artifact.path.rename(tmp_path / "elsewhere")
     assert runner._finished(out, "abc", root) is None
 

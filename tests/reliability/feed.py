@@ -188,10 +188,14 @@ def values(good, call: Callable[[object], object]) -> Callable:
 def command_line(outcome: Outcome, rng: random.Random, folder: Path) -> None:
     """``python -m sarmlib`` with odd words, after which the output folder must be empty."""
     from sarmlib.__main__ import main
-    commands = ["verify", "report", "figures", "doctor", "badges", "nonsense", "", "--help"]
+    commands = ["verify", "report", "figures", "doctor", "badges", "nonsense", "", "--help", "steer", "steering-scores",
+                "evaluate", "serve", "pretrain-sae"]
     words = ["--profile", "--runs", "--data", "--repo", "toy", "local", "nowhere", "/", "..", "", "--force", "a/b",
-             "x.yaml", "\x00", "-1", "🜲", "--", "gpu"]
-    argv = [rng.choice(commands), *rng.choices(words, k=rng.randrange(5)), "--runs", str(folder / "runs")]
+             "x.yaml", "\x00", "-1", "🜲", "--", "gpu", "--model", "--feature", "3=2", "--benchmark", "rm-bench",
+             "--port", "--k", "--corpus", "--layer", "0", "--target", "--undo", "--limit"]
+    command = rng.choice(commands)
+    old = command in ("verify", "report", "figures", "doctor")
+    argv = [command, *rng.choices(words, k=rng.randrange(7)), "--runs" if old else "--output", str(folder / "runs")]
 
     def call():
         if argv[0] == "badges" and "a/b" in argv:
@@ -269,6 +273,9 @@ def entry_points(work: Path) -> Iterator[tuple[str, Callable]]:
 
     store = Store(work / "store")
     store.get_or_make("stage", {"a": 1}, {}, lambda f: (f / "x.bin").write_bytes(b"1" * 100) and None)
+    from sarmlib.evaluation.generative import parse_choice, parse_rating
+    yield "judge's answer", values(["[[A]]", "I rate it [[7]] of 10, not [[11]]"], lambda v: [
+        (parse_choice(one), parse_rating(one)) for one in v if one is None or isinstance(one, str)])
     yield "artifacts", folders(work / "store", lambda p: Store(p).verify())
     yield "command line", command_line
 
