@@ -52,8 +52,8 @@ def create_app(model, tokenizer, *, max_bytes: int = MAX_BYTES, max_items: int =
     """
     try:
         from fastapi import FastAPI
-        from starlette.concurrency import run_in_threadpool
-        from starlette.responses import JSONResponse
+        from fastapi.concurrency import run_in_threadpool
+        from fastapi.responses import JSONResponse
     except ImportError:
         raise ConfigError("serving needs fastapi and uvicorn: pip install 'sarmlib[serving]'") from None
     app, lock = FastAPI(title="sarmlib rewards", docs_url=None, redoc_url=None, openapi_url=None), threading.Lock()
