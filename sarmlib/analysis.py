@@ -243,6 +243,25 @@ def pair_accuracy(run: Run, variant: str, seed: int, shuffled: bool = False) -> 
     return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
 
 
+def downstream_table(run: Run, documents: int = 100) -> pd.DataFrame:
+    """What the SAEs cost the decoder they were trained on, at their own positions: next-token loss with the state as it
+    is (ce), through the SAE (ce_sae) and as zeros (ce_zero), and loss_recovered, on documents of another seed."""
+    from itertools import islice
+
+    from transformers import AutoModelForCausalLM
+
+    from .backbone import _from_hub, _quiet_loading
+    from .sae.downstream import loss_recovered
+    spec = run.profile.backbone
+    with _quiet_loading():
+        model = _from_hub(AutoModelForCausalLM, run.backbone_path, revision=spec.revision,
+                          trust_remote_code=spec.trust_remote_code).to(run.device).eval()
+    texts = list(islice(run.texts(run.profile.seed + 1), documents))
+    return pd.DataFrame([{"positions": rule, **loss_recovered(
+        model, run.tokenizer, run.load_sae(rule, run.profile.seed).to(run.device), run.shape["layer"], texts, rule)}
+        for rule in ("sentence_end", "every")])
+
+
 def untrained_sae_fvu(run: Run) -> float:
     """FVU on the same held-out states of an SAE that was never trained: the control of the trained one."""
     from .sae.model import TopKSAE

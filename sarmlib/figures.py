@@ -161,6 +161,25 @@ def feature_density(rates, title: str = "") -> Figure:
 
 
 @_figure
+def decoder_cosine(nearest: dict, title: str = "") -> Figure:
+    """How alike decoder columns are: histogram of each column's largest cosine with another one.
+
+    nearest: name -> array [M] (``sae.downstream.decoder_cosines``).
+    """
+    if not nearest:
+        raise DataError("no SAE to draw")
+    fig, ax = _axes(COLUMN, 2.1)
+    bins = np.linspace(min(float(np.min(v)) for v in nearest.values()), 1, 41)
+    for i, (name, values) in enumerate(nearest.items()):
+        ax.hist(values, bins, histtype="stepfilled" if i == 0 else "step", color=PALETTE[i % 10], lw=1.3,
+                alpha=0.55 if i == 0 else 1, linestyle=STYLES[i % 4], label=name)
+    ax.set(xlabel="largest cosine with another column", ylabel="features")
+    ax.legend(loc="upper right")
+    ax.set_title(title)
+    return fig
+
+
+@_figure
 def probe_report(data: pd.DataFrame, title: str = "", xlabel="held-out AUROC of a linear probe") -> Figure:
     """One row per attribute (or concept), one marker per model; chance at 0.5.
 

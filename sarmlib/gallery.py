@@ -81,6 +81,15 @@ def feature_density(run: Run) -> Drawn:
 
 
 @_add
+def decoder_cosine(run: Run) -> Drawn:
+    from .sae.downstream import decoder_cosines
+    nearest = {rule: decoder_cosines(run.load_sae(rule, run.profile.seed)).numpy()
+               for rule in ("sentence_end", "every")}
+    return figures.decoder_cosine(nearest, "Are features copies of one another?"), pd.DataFrame(nearest), (
+        f"Largest cosine of each decoder column with another column, seed {run.profile.seed}.")
+
+
+@_add
 def probe_report(run: Run) -> Drawn:
     if run.profile.backbone.source != "toy":
         raise NotForThisRun("only the toy world knows what is true of a text")

@@ -286,7 +286,8 @@ def test_controls_and_chance_of_a_run(run, one):
 # -- figures ---------------------------------------------------------------------------------------------------------
 
 ALWAYS = ["sae_training", "feature_density", "reward_training", "feature_weights", "concepts", "figure3",
-          "shift_by_set", "doses", "pareto", "dose_response", "selectivity", "confound", "table1", "table2"]
+          "shift_by_set", "doses", "pareto", "dose_response", "selectivity", "confound", "table1", "table2",
+          "decoder_cosine", "subset_heat_map", "table1_dots", "differences", "calibration"]
 
 
 @pytest.mark.parametrize("name", ALWAYS)
