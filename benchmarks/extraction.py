@@ -6,12 +6,13 @@ import argparse
 import copy
 import statistics
 import time
+from functools import partial
 from itertools import islice
 
 import torch
 from transformers import AutoModel, LlamaConfig
 
-from sarmlib.backbone import cut_config, strip_final_norm
+from sarmlib.backbone import cut_config, load_tokenizer, strip_final_norm
 from sarmlib.data.corpora import iter_corpus
 from sarmlib.data.toyworld.datasets import corpus as toy_corpus
 from sarmlib.data.toyworld.tokenizer import build_tokenizer
@@ -67,8 +68,11 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--corpus", help="file or folder of text (default: the generated world)")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer (default: the generated world's)")
+    parser.add_argument("--rows", type=int, nargs="+", default=[32], help="sentences per batch of the row-wise forms")
+    parser.add_argument("--isolated", action="store_true", help="leave out the rows with their document's text")
     arguments = parser.parse_args()
-    tokenizer = build_tokenizer(4000)
+    tokenizer = load_tokenizer(arguments.tokenizer) if arguments.tokenizer else build_tokenizer(4000)
     texts = iter_corpus(arguments.corpus) if arguments.corpus else toy_corpus(arguments.documents, 0)
     documents = [tokenizer(text, truncation=True, max_length=512)["input_ids"]
                  for text in islice(texts, arguments.documents)]
@@ -105,15 +109,16 @@ def main() -> None:
     lengths = [len(row) for row in sentences]
     print(f"\n{len(packable)} documents, {used} sentence ends, {statistics.mean(lengths):.1f} tokens a sentence "
           f"(longest {max(lengths)})")
-    steps = {
-        "packed documents, half depth (ours)": lambda: extractor.collect(packable),
-        "a sentence a row, half depth": lambda: per_row(half, layer, sentences, 32, False),
-        "a sentence a row, whole decoder": lambda: per_row(whole, layer, sentences, 32, True),
-        "a sentence a row after its document's text, half depth": lambda: per_row(half, layer, prefixes, 32, False),
-        "a sentence a row after its document's text, whole decoder": lambda: per_row(whole, layer, prefixes, 32, True),
-    }
+    steps = {"packed documents, half depth (ours)": lambda: extractor.collect(packable)}
+    for size in arguments.rows:
+        for kind, rows in (("", sentences), (" after its document's text", prefixes)):
+            if kind and arguments.isolated:
+                continue
+            for depth, model in (("half depth", half), ("whole decoder", whole)):
+                steps[f"a sentence a row{kind}, batches of {size}, {depth}"] = partial(
+                    per_row, model, layer, rows, size, model is whole)
     for name, (seconds, ratio) in compare(steps, arguments.rounds).items():
-        print(f"{name:<60}{used / seconds:>9,.0f} states/s   ours is {ratio:.2f}x as fast")
+        print(f"{name:<76}{used / seconds:>9,.0f} states/s   ours is {ratio:.2f}x as fast")
     stats = extractor.stats.summary()
     print(f"padding share of ours {stats['padding_share']:.3f}, used share {stats['used_share']:.3f}")
 
