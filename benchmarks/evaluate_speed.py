@@ -48,8 +48,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prompts", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1, help="of both (unset OMP_NUM_THREADS too)")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(BACKBONE_DIR, num_labels=1)
     model = LlamaForSequenceClassification(config).float()
@@ -73,7 +74,8 @@ def main() -> None:
         print(f"round {number}: evaluate {ours[-1]:.2f} s, one by one {theirs[-1]:.2f} s, ratio "
               f"{theirs[-1] / ours[-1]:.1f}, largest difference {gap:.1e}", flush=True)
     print(f"{len(rows)} prompts, {4 * len(rows)} texts: fastest evaluate {min(ours):.2f} s, fastest loop "
-          f"{min(theirs):.2f} s, ratio {min(theirs) / min(ours):.1f}; load {os.getloadavg()[0]:.1f}\n{machine()}")
+          f"{min(theirs):.2f} s, ratio {min(theirs) / min(ours):.1f}; load {os.getloadavg()[0]:.1f}; "
+          f"{torch.get_num_threads()} threads\n{machine()}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ FLOORS = [
     ["sarmlib.evaluation"],
     ["sarmlib.sae"],
     ["sarmlib.figures", "sarmlib.claims", "sarmlib.runner"],
-    ["sarmlib.figures_rq3"],
+    ["sarmlib.figures_rq3", "sarmlib.figures_pairs"],
     ["sarmlib.sarm"],
     ["sarmlib.interpretation"],
     ["sarmlib.stages"],

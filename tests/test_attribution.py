@@ -21,7 +21,7 @@ def test_every_active_feature_and_the_exact_sum(settings):
     assert list(table["w"]) == model.score.weight[0, table["feature"].tolist()].tolist()
     assert table["contribution"].abs().is_monotonic_decreasing
     assert found.token == "<eot>" and found.rest == 0
-    assert "reward" in found._repr_html_()
+    assert "reward" in found._repr_html_() and "&lt;eot&gt;" in found._repr_html_()
 
 
 def test_top_keeps_the_largest_and_the_rest_completes_the_sum():

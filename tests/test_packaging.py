@@ -77,7 +77,8 @@ def test_pyproject_bounds_from_below_and_leaves_optional_things_out():
     for requirement in core:
         assert [s.operator for s in requirement.specifier] == [">="], requirement
     assert {"trl", "wandb", "openai", "jupyterlab"} & {name(r) for r in core} == set()
-    assert {"notebooks", "dev", "peers", "llm", "trl", "serving"} == set(PROJECT["project"]["optional-dependencies"])
+    known = {"notebooks", "dev", "peers", "llm", "trl", "lora", "serving"}
+    assert known == set(PROJECT["project"]["optional-dependencies"])
 
 
 def test_every_third_party_import_is_a_declared_dependency():

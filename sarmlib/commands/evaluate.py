@@ -38,23 +38,12 @@ def run(arguments) -> None:
 
 
 def _load(arguments):
-    import json
-    from pathlib import Path
-
     import torch
 
-    from .. import backbone
-    from ..evaluation.evaluate import hub_folder, load_scorer, prepared
-    from ..sarm import model as _registers_sarm  # noqa: F401  AutoModelForSequenceClassification finds SARM by it
+    from ..sarm.released import load_any
     device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    folder = Path(hub_folder(arguments.model)).expanduser()
-    config = folder / "config.json"
-    if config.is_file() and "LlamaSARM" in (json.loads(config.read_text()).get("architectures") or ()):
-        from ..sarm.released import load_released  # the authors' layout, read without running their code
-        dtype = None if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-        return prepared(load_released(folder, dtype=dtype).to(device), backbone.load_tokenizer(folder), folder)
-    return load_scorer(arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code,
-                       dtype=arguments.dtype, device=device)
+    return load_any(arguments.model, revision=arguments.revision, trust_remote_code=arguments.trust_remote_code,
+                    dtype=arguments.dtype, device=device)
 
 
 def benchmark_rows(names: list[str], data: str, limit: int | None = None, rm_bench_revision: str | None = None) -> dict:

@@ -4,6 +4,7 @@ Text (allenai/reward-bench ``scripts/run_v2.py``, THU-KEG/RM-Bench ``scripts/run
 without a generation prompt, tokenized once more with special tokens; where that gives two BOS, the first is kept but
 masked; at most 2048 tokens, cut on the tokenizer's own side (RewardBench 2) or on the left (RM-Bench).
 
+In float32 the answers to one prompt go through the decoder in one row (`prefix`), where that gives the same rewards.
 Every score is appended to ``scores.jsonl`` as soon as its batch is done; a killed run goes on where it stopped, and a
 last line torn by the kill is dropped.
 """
@@ -28,6 +29,7 @@ from sarmlib.data.files import Rows
 from sarmlib.errors import ConfigError, DataError, ModelError
 from sarmlib.evaluation import rewardbench2, rm_bench
 from sarmlib.evaluation.adapters import own_code, reward_of
+from sarmlib.evaluation.prefix import Pack, packed_rewards, packs
 from sarmlib.evaluation.scoring import token_batches
 from sarmlib.evaluation.statistics import bootstrap_ci
 
@@ -140,6 +142,10 @@ def answers(row: dict) -> list[str]:
 
 
 def _rewards(scorer: Scorer, ids: list[list[int]], doubled: list[bool]) -> np.ndarray:
+    rows = _rows(scorer.model, ids)
+    if len(rows) < len(ids):
+        return packed_rewards(scorer.model, [ids[row.start:row.stop] for row in rows], [row.prefix for row in rows],
+                              [doubled[row.start] for row in rows])[0]
     device, width = next(scorer.model.parameters()).device, max(map(len, ids))
     pad = scorer.tokenizer.pad_token_id if scorer.tokenizer.pad_token_id is not None else 0
     tokens = torch.full((len(ids), width), pad)
@@ -148,6 +154,25 @@ def _rewards(scorer: Scorer, ids: list[list[int]], doubled: list[bool]) -> np.nd
         tokens[i, :len(one)] = torch.tensor(one)
         mask[i, int(double):len(one)] = 1
     return reward_of(scorer.model, tokens.to(device), mask.to(device))
+
+
+def _rows(model, ids: list[list[int]]) -> list[Pack]:
+    """Texts that share a row; in half precision none, because there other shapes give visibly other rewards."""
+    single = next(model.parameters()).dtype != torch.float32
+    return [Pack(i, i + 1, len(one), len(one)) for i, one in enumerate(ids)] if single else packs(model, ids)
+
+
+def rewards_of_ids(scorer: Scorer, ids: list[list[int]], *, batch_tokens: int | None = None, progress: bool = False
+                   ) -> np.ndarray:
+    """float64 [n]: rewards of token id sequences by any reward model; ModelError for one that is not finite."""
+    found = np.zeros(len(ids))
+    batches = list(token_batches([len(one) for one in ids], batch_tokens or _fitting_batch(scorer.model)))
+    for batch in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
+        found[batch] = _rewards(scorer, [ids[i] for i in batch], [False] * len(batch))
+    if not np.isfinite(found).all():
+        raise ModelError(f"the reward of text {int((~np.isfinite(found)).argmax()) + 1} is not a finite number; try "
+                         "dtype float32 or bfloat16")
+    return found
 
 
 # -- scoring -----------------------------------------------------------------------------------------------------------
@@ -183,10 +208,11 @@ def evaluate(scorer: Scorer, rows: dict[str, Rows], output: str | Path, *, batch
     size = batch_tokens if batch_tokens is not None else _fitting_batch(scorer.model)
     if size < 1:
         raise ConfigError(f"batch_tokens must be positive, got {size}")
-    batches = list(token_batches([len(ids) for _, ids, _ in todo], size))
+    units = _rows(scorer.model, [ids for _, ids, _ in todo])
+    batches = list(token_batches([unit.length for unit in units], size))
     with open(output / "scores.jsonl", "a", encoding="utf-8") as file:
         for batch in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
-            part = [todo[i] for i in batch]
+            part = [job for i in batch for job in todo[units[i].start:units[i].stop]]
             values = _rewards(scorer, [ids for _, ids, _ in part], [double for _, _, double in part])
             if not np.isfinite(values).all():
                 where = part[int((~np.isfinite(values)).argmax())][0]

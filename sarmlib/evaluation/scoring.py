@@ -14,7 +14,15 @@ import numpy as np
 import torch
 from scipy.sparse import csr_array, vstack
 
-from ..chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id, truncate_left
+from ..chat import (
+    check_conversation,
+    collate,
+    count_not_end_of_turn,
+    encode_conversations,
+    fit_length,
+    pad_id,
+    truncate_left,
+)
 from ..errors import ConfigError, DataError, ModelError
 
 RM_BENCH_STYLES = ("concise", "detailed plain", "detailed markdown")
@@ -103,6 +111,11 @@ def score_conversations(model, tokenizer, conversations: Sequence[Sequence[dict]
     """
     if isinstance(conversations, (str, dict)):
         raise DataError("conversations must be a list of conversations, each a list of messages")
+    for number, messages in enumerate(conversations):
+        try:
+            check_conversation(messages)
+        except DataError as error:
+            raise DataError(f"conversation {number}: {error}") from None
     full = encode_conversations(tokenizer, conversations)
     sequences = truncate_left(tokenizer, full, fit_length(model, max_length))
     rewards, codes = score_token_ids(model, sequences, pad_id=pad_id(tokenizer), batch_tokens=batch_tokens,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 
 import numpy as np
 import pandas as pd
@@ -37,7 +38,8 @@ class Explanation:
     def _repr_html_(self) -> str:
         note = f" ({self.n_active - len(self.table)} more features: {self.rest:+.4f})" if self.rest else ""
         table = self.table.to_html(index=False, float_format=lambda value: f"{value:+.4f}")
-        return f"<p>reward {self.reward:+.4f} at token <code>{self.token!r}</code>{note}</p>{table}"
+        token = escape(repr(self.token))  # "<eot>" is text here, not a tag
+        return f"<p>reward {self.reward:+.4f} at token <code>{token}</code>{note}</p>{table}"
 
 
 def explain(model, tokenizer, conversation: Sequence[dict], top: int | None = None, *, max_length: int = 2048,
@@ -97,6 +99,9 @@ def _explanation(reward: float, table: pd.DataFrame, token: str, top, labels) ->
     """Check that contributions sum to the reward, sort them, and cut to the largest `top`."""
     if top is not None and top < 1:
         raise DataError(f"top must be at least 1, got {top}")
+    if not np.isfinite(reward):
+        raise ModelError(f"the reward is {reward}, so there is nothing to explain; the model's weights or precision "
+                         "are broken, try dtype float32 or bfloat16 instead of float16")
     total, size = table["contribution"].sum(), table["contribution"].abs().sum()
     if not abs(total - reward) <= TOLERANCE * (1 + size):
         raise ModelError(f"contributions sum to {total} but the reward is {reward}; the head is not the linear map of "

@@ -17,8 +17,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
-from ..backbone import cut_config, n_layers
+from ..backbone import cut_config, load_tokenizer, n_layers
 from ..errors import ConfigError, ModelError
+from ..evaluation.evaluate import Scorer, hub_folder, load_scorer, prepared
 from ..sae.formats import load_official
 from ..sae.model import write_atomic
 from .model import SarmConfig, SarmForSequenceClassification
@@ -103,6 +104,20 @@ def load_released(path, layer: int | None = None, k: int | None = None, top_k: b
     return SarmForSequenceClassification.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
 
 
+def load_any(source, *, revision: str | None = None, trust_remote_code: bool = False, dtype: str = "auto",
+             device: str = "cpu") -> Scorer:
+    """Any reward model as a `Scorer`: SARM, scalar, the authors' layout (without running their code), any classifier.
+
+    Errors as of `load_scorer`; SARM loads by its registered class.
+    """
+    folder = Path(hub_folder(source)).expanduser()
+    if (folder / "config.json").is_file() and "LlamaSARM" in (_read_json(folder / "config.json").get("architectures")
+                                                              or ()):
+        model = load_released(folder, dtype=None if dtype == "auto" else getattr(torch, dtype))
+        return prepared(model.to(device), load_tokenizer(folder), folder)
+    return load_scorer(source, revision=revision, trust_remote_code=trust_remote_code, dtype=dtype, device=device)
+
+
 def merge_official(base, sae_file, *, layer: int | None = None, k: int | None = None, top_k: bool = True,
                    dtype: torch.dtype = torch.float32) -> SarmForSequenceClassification:
     """The official merge: first l layers of a base model, an official SAE ``.pt`` file, and a zero head.
@@ -139,6 +154,21 @@ def save_official(model: SarmForSequenceClassification, folder) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
     write_atomic(folder / "config.json", lambda path: path.write_text(json.dumps(settings, indent=2) + "\n"))
+    return folder
+
+
+def save_tokenizer(tokenizer, folder) -> Path:
+    """Write a tokenizer so that transformers 4 (which RewardBench pins) loads it too: the old names of its class and of
+    its further special tokens."""
+    folder = Path(folder)
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    settings = _read_json(path)
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(settings.get("extra_special_tokens"), list):
+        settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
+    write_atomic(path, lambda target: target.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n"))
     return folder
 
 

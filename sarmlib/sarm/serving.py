@@ -19,7 +19,14 @@ MAX_BYTES, MAX_ITEMS = 4 << 20, 512
 
 
 def score_queries(model, tokenizer, queries: list, *, max_length: int = 2048, batch_tokens: int | None = None) -> list:
-    """Rewards of texts (already in the chat template; one BOS and the end of turn are put right) and conversations.
+    """Rewards of texts and conversations (`encode_queries`)."""
+    sequences = truncate_left(tokenizer, encode_queries(tokenizer, queries), fit_length(model, max_length))
+    rewards, _ = score_token_ids(model, sequences, pad_id=pad_id(tokenizer), batch_tokens=batch_tokens)
+    return rewards.tolist()
+
+
+def encode_queries(tokenizer, queries: list) -> list[list[int]]:
+    """Token ids of texts (already in the chat template; one BOS and the end of turn are put right) and conversations.
 
     Raises DataError naming the item that is neither a text nor a conversation ending with the assistant.
     """
@@ -38,9 +45,7 @@ def score_queries(model, tokenizer, queries: list, *, max_length: int = 2048, ba
                 raise DataError(f"query {number}: {error}") from None
         else:
             raise DataError(f"query {number} is {repr(query)[:60]}; a text or a list of messages is needed")
-    sequences = truncate_left(tokenizer, sequences, fit_length(model, max_length))
-    rewards, _ = score_token_ids(model, sequences, pad_id=pad_id(tokenizer), batch_tokens=batch_tokens)
-    return rewards.tolist()
+    return sequences
 
 
 def create_app(model, tokenizer, *, max_bytes: int = MAX_BYTES, max_items: int = MAX_ITEMS, max_length: int = 2048,

@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.utils.data import Sampler
 from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
 
-from ..chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id
+from ..chat import check_conversation, collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id
 from ..errors import ConfigError, DataError, ModelError
 from ..evaluation.scoring import score_token_ids
-from ..sae.model import normalized_mse
+from ..sae.model import TopKSAE, normalized_mse
 
 MODES = {
     0: ("score",),
@@ -85,6 +85,11 @@ class RewardTrainConfig:
     """Mixed precision (GPU)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
+    lora_rank: int = 0
+    """When positive, the backbone's linear layers get trained LoRA adapters of this rank instead of being trained
+    themselves; after training the adapters are merged into them. Needs peft. Not in the paper."""
+    lora_alpha: float | None = None
+    """Adapters are scaled by alpha / rank; None = 2 x rank."""
     use_cpu: bool = False
     """Stay on the CPU even when there is an accelerator."""
 
@@ -94,6 +99,9 @@ class RewardTrainConfig:
         for name in ("lr", "batch_size", "epochs"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be positive, got {getattr(self, name)!r}")
+        if self.lora_rank < 0 or (self.lora_rank and self.mode == 0):
+            raise ConfigError(f"lora_rank={self.lora_rank} with mode={self.mode}: a rank is not negative, and mode 0 "
+                              "trains no backbone to adapt")
         if self.micro_batch_size is not None and (self.micro_batch_size < 1 or self.batch_size % self.micro_batch_size):
             raise ConfigError(f"micro_batch_size={self.micro_batch_size} must divide batch_size={self.batch_size}")
 
@@ -127,6 +135,26 @@ def unwrap(model):
     return getattr(model, "module", model)
 
 
+def encoder_hash(model, dtype: torch.dtype | None = None) -> str:
+    """sha256 of a SARM's encoder as it is, or of its weights as `dtype`; gathers what FSDP 2 or ZeRO 3 shares out, so
+    that every process has to call it."""
+    sae = unwrap(model).sae
+    if dtype is None:
+        return sae.content_hash()
+    parameters = dict(sae.named_parameters())
+    if any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
+        import deepspeed
+        with deepspeed.zero.GatheredParameters(list(parameters.values())):
+            values = {name: parameter.detach().to(dtype, copy=True) for name, parameter in parameters.items()}
+    else:
+        values = {name: (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter)
+                  .detach().to(dtype, copy=True) for name, parameter in parameters.items()}
+    with torch.device("meta"):
+        whole = TopKSAE(**sae.settings())
+    whole.load_state_dict(values, assign=True)
+    return whole.content_hash()
+
+
 def encode_pairs(tokenizer, pairs: Sequence[dict], max_length: int) -> list[dict]:
     """Token ids of preference pairs: ``{"chosen": ids, "rejected": ids, "margin": float}``; raises `DataError`."""
     conversations = []
@@ -135,7 +163,15 @@ def encode_pairs(tokenizer, pairs: Sequence[dict], max_length: int) -> list[dict
         if missing:
             raise DataError(f"pair {number} (id {pair.get('id')!r}) has no field {missing[0]!r}")
         for side in ("chosen", "rejected"):
-            conversations.append([*pair["prompt"], {"role": "assistant", "content": pair[side]}])
+            talk = [*pair["prompt"], {"role": "assistant", "content": pair[side]}]
+            try:
+                check_conversation(talk)
+            except DataError as error:
+                raise DataError(f"pair {number} (id {pair.get('id')!r}), {side}: {error}") from None
+            conversations.append(talk)
+        margin = (pair.get("meta") or {}).get("margin") or 0.0
+        if not isinstance(margin, (int, float)) or not np.isfinite(margin):
+            raise DataError(f"pair {number} (id {pair.get('id')!r}) has margin {margin!r}; a finite number is needed")
     ids = encode_conversations(tokenizer, conversations, max_length)
     count_not_end_of_turn(tokenizer, ids)
     return [{"chosen": ids[2 * n], "rejected": ids[2 * n + 1],
@@ -222,6 +258,8 @@ class RewardTrainer(Trainer):
             raise DataError("there are no training pairs")
         if config.save_every and output_dir is None:
             raise ConfigError("save_every > 0 needs an output_dir for the checkpoints")
+        if config.lora_rank:
+            add_adapters(model, config)
         set_trainable(model, config.mode)
         max_length = fit_length(model, config.max_length)
         train_set = encode_pairs(tokenizer, train_pairs, max_length)
@@ -230,6 +268,9 @@ class RewardTrainer(Trainer):
         self._metrics = defaultdict(list)
         super().__init__(model=model, args=arguments, train_dataset=train_set, eval_dataset=eval_set,
                          data_collator=PairCollator(pad_id(tokenizer)), processing_class=tokenizer, callbacks=callbacks)
+        if config.lora_rank and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ConfigError(f"lora_rank={config.lora_rank}: adapters cannot be merged into weights that FSDP or "
+                              "DeepSpeed shares out; use ddp.yaml, adapters need little memory")
         self.remove_callback(PrinterCallback)  # quiet; the log is in state.log_history
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the pairs of an accumulated batch
 
@@ -269,17 +310,21 @@ class RewardTrainer(Trainer):
         """
         model, mode = self.model, self.reward_config.mode
         check_trainable(model, mode)
-        before = model.sae_hash() if hasattr(model, "sae_hash") and mode != 3 else None
+        # FSDP and DeepSpeed keep the weights in a precision of their own, so that their rounding is not a change
+        dtype = torch.bfloat16 if self.is_fsdp_enabled or self.is_deepspeed_enabled else None
+        before = encoder_hash(model, dtype) if hasattr(model, "sae_hash") and mode != 3 else None
         if resume in (True, "auto"):
             last = last_checkpoint(self.args.output_dir)
             if last is None and resume is True:
                 raise ConfigError(f"there is no complete checkpoint under {self.args.output_dir!r} to resume from")
             resume = last
         result = super().train(resume_from_checkpoint=str(resume) if resume else None, **kwargs)
-        if before is not None and unwrap(self.model).sae_hash() != before:
+        if before is not None and encoder_hash(self.model, dtype) != before:
             raise ModelError("the frozen encoder is not the one training started with, so its features are no longer "
                              "those that were interpreted: something un-froze or overwrote it, or the checkpoint that "
                              "was resumed holds another encoder")
+        if self.reward_config.lora_rank:
+            merge_adapters(unwrap(self.model))
         self.model.eval()
         return result
 
@@ -356,22 +401,52 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.rpartition("-")[2]), default=None)
 
 
+def add_adapters(model, config: RewardTrainConfig) -> None:
+    """Put LoRA adapters on every linear layer of the backbone, and on nothing else; `ConfigError` without peft."""
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ImportError:
+        raise ConfigError(f"lora_rank={config.lora_rank} needs peft: pip install 'sarmlib[lora]'") from None
+    alpha = config.lora_alpha if config.lora_alpha is not None else 2 * config.lora_rank
+    with torch.random.fork_rng():
+        torch.manual_seed(config.seed)
+        inject_adapter_in_model(LoraConfig(r=config.lora_rank, lora_alpha=alpha, target_modules="all-linear"),
+                                model.model)
+
+
+def merge_adapters(model) -> None:
+    """Add the adapters to the layers they adapt and remove them: the model is a plain one again."""
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A"):
+            module.merge()
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, module.base_layer)
+
+
 def set_trainable(model, mode: int) -> None:
-    """Set ``requires_grad`` of every part for `mode`, and record in the config whether the encoder is frozen."""
-    parts = MODES[mode]
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name.split(".")[0] in parts)
+    """Set ``requires_grad`` of every part for `mode`, and record in the config whether the encoder is frozen.
+
+    Of a backbone with adapters only the adapters are trained.
+    """
+    for _, parameter, wanted in _wanted(model, mode):
+        parameter.requires_grad_(wanted)
     if hasattr(model, "sae"):
-        model.config.frozen_sae = "sae" not in parts
+        model.config.frozen_sae = "sae" not in MODES[mode]
 
 
 def check_trainable(model, mode: int) -> None:
     """Raise `ModelError` unless exactly the parts of `mode` are trainable."""
-    for name, parameter in model.named_parameters():
-        wanted = name.split(".")[0] in MODES[mode]
+    for name, parameter, wanted in _wanted(model, mode):
         if parameter.requires_grad != wanted:
             raise ModelError(f"{name} is {'trainable' if not wanted else 'frozen'}, but mode {mode} trains "
                              f"{', '.join(MODES[mode])}; do not change requires_grad after making the trainer")
+
+
+def _wanted(model, mode: int) -> Iterator[tuple[str, torch.nn.Parameter, bool]]:
+    adapted = any(".lora_" in name for name, _ in model.named_parameters())
+    for name, parameter in model.named_parameters():
+        part = name.split(".")[0]
+        yield name, parameter, part in MODES[mode] and (part != "model" or not adapted or ".lora_" in name)
 
 
 def _accuracy(margin: Tensor) -> Tensor:
