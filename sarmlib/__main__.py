@@ -35,6 +35,10 @@ def reproduce(arguments) -> None:
     from .runner import run_notebooks
     root = _root(arguments)
     profile = load_profile(arguments.profile, data=arguments.data)
+    if arguments.dry_run:
+        from .plan import lines
+        print(lines(profile, arguments.hardware, arguments.devices))
+        return
     _run(arguments).check_hub()
     runs = run_notebooks(arguments.profile, arguments.notebooks, runs=root.parent, data=profile.data,
                          force=arguments.force)
@@ -183,6 +187,9 @@ def _parser() -> argparse.ArgumentParser:
     command = add(reproduce)
     command.add_argument("--data", help="your folder, for profiles whose sources are 'data'")
     command.add_argument("--force", action="store_true", help="run unchanged notebooks too")
+    command.add_argument("--dry-run", action="store_true", help="print tokens, memory, disk and hours; start nothing")
+    command.add_argument("--hardware", default="h100", help="accelerator that --dry-run plans for, for example l4")
+    command.add_argument("--devices", type=int, default=1, help="how many of them")
     command.add_argument("--notebooks", nargs="+", help="only these (names without .ipynb)")
     for function in (verify, figures, report, doctor):
         add(function)

@@ -29,7 +29,7 @@ FLOORS = [
     ["sarmlib.interpretation"],
     ["sarmlib.stages"],
     ["sarmlib.analysis"],
-    ["sarmlib.gallery", "sarmlib.report", "sarmlib.slider"],
+    ["sarmlib.gallery", "sarmlib.plan", "sarmlib.report", "sarmlib.slider"],
     ["sarmlib.commands"],
     ["sarmlib.__main__"],
 ]
