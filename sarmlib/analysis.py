@@ -7,13 +7,14 @@ where two variants are compared on the same prompts.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
-from .errors import ConfigError, DataError
+from .errors import ConfigError, DataError, OfflineError
 from .evaluation import rewardbench2, rm_bench
 from .evaluation.statistics import Interval, auroc, bootstrap_ci, paired_difference, seeds_and_prompts_ci, seeds_ci
 from .sarm.steering import (
@@ -524,3 +525,28 @@ def steered_forward(run: Run, one: Steering, n: int = 400, add: float = 0.0) -> 
     inactive = one.analysis.activation(one.feature)[rows] == 0
     return {"inactive_change": float(np.abs(after - before)[inactive].max(initial=0.0)),
             "n_inactive": int(inactive.sum()), "closed_form_error": float(np.abs(after - expected).max())}
+
+
+def released_checkpoint(run: Run) -> tuple[Path, str]:
+    """(folder, sentence): a checkpoint in the authors' layout, and which one it is.
+
+    With profile ``released`` the authors' own, from the hub (OfflineError at once where it cannot be reached).  With
+    any other the run's first SARM, written as the authors write theirs, so that the same cells run without a network.
+    """
+    from .sarm.released import save_official
+    source = run.profile.backbone.source
+    if run.profile.name == "released":
+        if not Path(source).is_dir():
+            from huggingface_hub import snapshot_download
+
+            from .backbone import _hub_reachable
+            if not _hub_reachable():
+                raise OfflineError(f"the released checkpoint {source!r} lies on the hub, which cannot be reached; set "
+                                   "backbone.source to a downloaded folder in a copy of the profile")
+            source = snapshot_download(source, revision=run.profile.backbone.revision,
+                                       allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+        return Path(source), "the authors' released SARM-4B"
+    folder = run.store.root / "released"
+    save_official(run.load_reward("sarm", run.profile.seed), folder)
+    run.tokenizer.save_pretrained(folder)
+    return folder, f"the SARM of profile {run.profile.name}, in the authors' layout (not the authors' weights)"

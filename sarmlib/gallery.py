@@ -38,7 +38,19 @@ def show(run: Run, name: str) -> Figure | None:
     except NotForThisRun as reason:
         print(f"{name}: {reason}")
         return None
-    caption = f"{caption} {_setting(run)}"
+    return _shown(run, fig, name, data, f"{caption} {_setting(run)}")
+
+
+def waterfall(run: Run, explanation, name: str = "waterfall") -> Figure:
+    """`figures_pairs.waterfall` of one explanation, saved and shown like every other figure."""
+    from .figures_pairs import waterfall as draw
+    what = "the margin of a pair" if "z_chosen" in explanation.table else "one reward"
+    caption = (f"How {what} adds up over features: {explanation.n_active} active ones, {explanation.reward:+.3f} "
+               f"together. Profile {run.profile.name}.")
+    return _shown(run, draw(explanation), name, explanation.table, caption)
+
+
+def _shown(run: Run, fig: Figure, name: str, data, caption: str) -> Figure:
     figures.save_figure(fig, name, folder(run), data, caption, run.profile.name)
     picture = figures.png(fig)
     # What a notebook shows of a figure: the picture with its caption as alternative text.
