@@ -29,5 +29,9 @@ class OfflineError(SarmlibError):
     """A hub resource is needed and cannot be reached; the message names the offline alternative."""
 
 
+class EndpointError(SarmlibError):
+    """A chat endpoint refused, does not answer, or would cost more than the budget."""
+
+
 class ClaimError(SarmlibError, AssertionError):
     """A checked claim left its band, or a claims file is malformed."""

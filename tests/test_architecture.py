@@ -20,7 +20,7 @@ FLOORS = [
     ["sarmlib.backbone", "sarmlib.chat"],
     ["sarmlib.data"],
     ["sarmlib.extractor"],
-    ["sarmlib.activations"],
+    ["sarmlib.activations", "sarmlib.endpoint"],
     ["sarmlib.evaluation"],
     ["sarmlib.sae"],
     ["sarmlib.figures", "sarmlib.claims", "sarmlib.runner"],
