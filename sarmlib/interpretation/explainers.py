@@ -50,6 +50,10 @@ class Label:
     """Permutation p of the strongest term, family-wise over all terms."""
     reason: str = ""
     """Why the explainer abstained; empty when it did not."""
+    kind: str = "keyword"
+    """What made it: keyword or llm."""
+    self_grade: int | None = None
+    """1 to 5 by the explainer itself (the paper's rating); no verdict uses it."""
 
     @property
     def abstained(self) -> bool:
