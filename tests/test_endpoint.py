@@ -213,10 +213,10 @@ def test_the_command_judges_within_its_budget_and_resumes(tmp_path, capsys):
 
     with FakeLLM(("429",), answer) as server:
         command = ["judge", "--endpoint", server.url, "--model", "fake", "--data", "toy", "--limit", "4", "--output",
-                   str(tmp_path / "out"), "--max-tokens", "50", "--price", "1", "2"]
+                   str(tmp_path / "out"), "--max-tokens", "50", "--price", "0", "1"]
         assert main([*command, "--dry-run"]) == 0 and not server.asked
         assert "questions to ask (0 answered before)" in capsys.readouterr().out
-        assert main([*command, "--budget", "0.002"]) == 1 and "budget" in capsys.readouterr().err
+        assert main([*command, "--budget", "0.0001"]) == 1 and "budget" in capsys.readouterr().err
         done = sum(server.answered.values())
         assert done > 0 and not (tmp_path / "out" / "results.json").exists()
         assert main(command) == 0 and max(server.answered.values()) == 1
