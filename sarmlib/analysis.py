@@ -321,19 +321,54 @@ def label_score(run: Run, seed: int, column: str = "auroc") -> float:
     return float(values.mean())
 
 
+STATE, LABELS = "state coordinates", "keyword labels"
+
+
 def concept_table(run: Run, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Toy world: planted concepts against the best SARM feature, random-encoder feature and token-SAE feature.
+    """Toy world: planted concepts against the best single feature of SARM, of the random encoder, of the token-level
+    SAE, the best coordinate of SARM's hidden state (either sign: a neuron has none), and the best keyword label's
+    score of the text (which reads words, not activations).
 
     Returns (one row per concept and representation, summary); see ``ground_truth.compare_representations``."""
     from .interpretation.ground_truth import compare_representations
     shown = [v for v in SAE_OF_VARIANT if v in run.profile.variants]
-    found = {VARIANT_NAMES[v]: run.scored(v, seed).part("rm_bench") for v in shown}
-    frame, _ = found[VARIANT_NAMES["sarm"]]
+    frame, concepts = _planted(run, seed)
+    found: dict[str, Any] = {VARIANT_NAMES[v]: run.scored(v, seed).part("rm_bench")[1] for v in shown}
+    found |= {STATE: run.states("sarm", seed), LABELS: label_scores(run, seed)}
+    if not found[LABELS].nnz:
+        del found[LABELS]  # every label abstained
+    return compare_representations(found, concepts, frame.prompt_id, signed=(STATE,))
+
+
+def concept_null(run: Run, seed: int, times: int = 20) -> Interval:
+    """``ground_truth.shuffled_concepts`` of SARM's features: mean, and where 95 % of the shuffles lie."""
+    from .interpretation.ground_truth import shuffled_concepts
+    frame, concepts = _planted(run, seed)
+    found = shuffled_concepts(run.scored("sarm", seed).part("rm_bench")[1], concepts, frame.prompt_id, times=times,
+                              seed=seed)
+    low, high = np.quantile(found, [0.025, 0.975])
+    return Interval(float(found.mean()), float(low), float(high), 0.95, "quantiles over shuffles", times)
+
+
+def _planted(run: Run, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    frame, _ = run.scored("sarm", seed).part("rm_bench")
     names = sorted({name for row in frame.concepts for name in row})
     if not names:
         raise ConfigError(f"profile {run.profile.name!r} has no planted concepts; only the toy world knows its truth")
-    concepts = pd.DataFrame({name: [name in row for row in frame.concepts] for name in names})
-    return compare_representations({name: z for name, (_, z) in found.items()}, concepts, frame.prompt_id, signed=())
+    return frame, pd.DataFrame({name: [name in row for row in frame.concepts] for name in names})
+
+
+def label_scores(run: Run, seed: int):
+    """What each feature's keyword label says about every RM-Bench response: csr [n, M], in the label's column."""
+    from scipy import sparse
+
+    from .interpretation.judges import KeywordJudge
+    contexts, vocabulary = run.contexts(seed), run.vocabulary(seed)
+    scores = sparse.lil_array(contexts.z.shape)
+    for label in run.label_objects(seed):
+        if label.weights:
+            scores[:, [label.feature]] = KeywordJudge(vocabulary).score(label, contexts.index)[:, None]
+    return scores.tocsr()
 
 
 # -- steering (RQ2) --------------------------------------------------------------------------------------------------

@@ -80,6 +80,7 @@ class Run:
         self.store = Store(root or default_root(self.profile.name), read_only=read_only)
         self.progress = progress
         self._scored: dict[tuple[str, int], Scored] = {}
+        self._memo: dict[tuple, Any] = {}
 
     # -- inputs ------------------------------------------------------------------------------------------------
 
@@ -408,6 +409,20 @@ class Run:
         z = csr_array(vstack(blocks)) if blocks else None
         return Scored(scored["rewardbench2"], scored["rm_bench"], pd.concat(frames, ignore_index=True), z)
 
+    def states(self, variant: str, seed: int) -> np.ndarray:
+        """What the encoder reads: the state x_last after layer l of every RM-Bench response, float32 [n, d].
+
+        Not stored, because only the comparison with a neuron basis wants it; computed once per Run."""
+        key = ("states", variant, seed)
+        if key not in self._memo:
+            from .sarm.controls import reward_states
+            frame, _ = self.scored(variant, seed).part("rm_bench")
+            talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+                     for a, b in zip(frame.prompt_text, frame.text, strict=True)]
+            self._memo[key] = reward_states(self.load_reward(variant, seed).to(self.device), self.tokenizer, talks,
+                                            max_length=self.profile.benchmarks.max_length)
+        return self._memo[key]
+
     def head(self, variant: str, seed: int) -> np.ndarray:
         """w [M] float64: the linear head of a trained variant."""
         with safe_open(self.reward(variant, seed).file("model/model.safetensors"), "numpy") as weights:
@@ -425,22 +440,39 @@ class Run:
         return self.store.get_or_make("labels", settings, {"scores": self.scores("sarm", seed).key},
                                       lambda folder: self._make_labels(folder, seed), CODE["labels"])
 
-    def _make_labels(self, folder: Path, seed: int) -> dict:
+    def _explainer(self, seed: int):
+        """The keyword explainer; its vocabulary also serves the judges."""
         from .interpretation.explainers import KeywordExplainer
+        spec = self.profile.interpretation
+        return KeywordExplainer(self.contexts(seed), permutations=spec.permutations, top=spec.top_keywords, seed=seed)
+
+    def vocabulary(self, seed: int):
+        """Terms of the explain split (:class:`Vocabulary`), as the keyword judge reads them; made once per Run."""
+        if ("vocabulary", seed) not in self._memo:
+            self._memo["vocabulary", seed] = self._explainer(seed).vocabulary
+        return self._memo["vocabulary", seed]
+
+    def _make_labels(self, folder: Path, seed: int) -> dict:
         from .interpretation.judges import KeywordJudge, judge_labels
-        spec, contexts = self.profile.interpretation, self.contexts(seed)
+        spec, contexts, explainer = self.profile.interpretation, self.contexts(seed), self._explainer(seed)
         features = label_candidates(contexts.features(), spec.features)
-        explainer = KeywordExplainer(contexts, permutations=spec.permutations, top=spec.top_keywords, seed=seed)
         labels = explainer.explain_all(features.feature)
         judged = judge_labels(contexts, labels, KeywordJudge(explainer.vocabulary), q=spec.fdr,
-                              n_boot=self.profile.steering.bootstrap, seed=seed)
+                              n_boot=self.profile.steering.bootstrap, also=("matched", "neighbour"), seed=seed)
         table = features.merge(judged, on="feature", how="left")
         write_atomic(folder / "labels.json", table.to_json(orient="records"))
+        write_atomic(folder / "explanations.json", json.dumps([asdict(label) for label in labels]))
         return {"labelled": len(labels), "reliable": int(judged.reliable.sum())}
 
     def label_table(self, seed: int) -> pd.DataFrame:
         """One row per labelled feature: its statistics (``Contexts.features``) and its label's (``judge_labels``)."""
         return pd.DataFrame(self.labels(seed).json("labels.json"))
+
+    def label_objects(self, seed: int) -> list:
+        """The labels themselves (:class:`Label`), with their evidence."""
+        from .interpretation.explainers import Label
+        return [Label(**{**row, "evidence": tuple(row["evidence"])})
+                for row in self.labels(seed).json("explanations.json")]
 
     # -- many at once ------------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ FLOORS = [
     ["sarmlib.figures_rq3", "sarmlib.figures_pairs"],
     ["sarmlib.sarm"],
     ["sarmlib.interpretation"],
+    ["sarmlib.browser"],
+    ["sarmlib.export"],
     ["sarmlib.stages"],
     ["sarmlib.analysis"],
     ["sarmlib.gallery", "sarmlib.plan", "sarmlib.report", "sarmlib.slider"],

@@ -3,7 +3,7 @@ import pandas as pd
 import pytest
 
 from sarmlib.errors import DataError
-from sarmlib.interpretation.ground_truth import compare_representations, match_concepts
+from sarmlib.interpretation.ground_truth import compare_representations, match_concepts, shuffled_concepts
 from tests.planted import APPLE, LONG, SORRY, planted_world
 
 
@@ -76,3 +76,9 @@ def test_representations_are_compared_on_one_split(world):
 def test_bad_input_is_named(world, change, message):
     with pytest.raises(DataError, match=message):
         match_concepts(*change(*world))
+
+
+def test_with_shuffled_concepts_nothing_is_found(world):
+    z, concepts, prompts = world
+    null = shuffled_concepts(z, concepts[["apple", "long"]], prompts, times=10)
+    assert abs(null.mean() - 0.5) < 0.03 and null.std() > 0 and np.abs(null - 0.5).max() < 0.12

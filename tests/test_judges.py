@@ -7,10 +7,14 @@ from sarmlib.errors import ConfigError, DataError
 from sarmlib.evaluation.statistics import auroc
 from sarmlib.interpretation.contexts import Contexts
 from sarmlib.interpretation.explainers import KeywordExplainer, Label
+from sarmlib.interpretation.human import HumanJudge, write_sheet
 from sarmlib.interpretation.judges import (
     KeywordJudge,
+    TfidfJudge,
     auroc_bootstrap,
+    average_precision,
     balanced_accuracy,
+    correlation,
     held_out_sample,
     judge_labels,
     trivial_scores,
@@ -174,3 +178,100 @@ def test_balanced_accuracy_uses_the_threshold_of_the_tune_sample():
 def test_no_labels_is_an_error(world):
     with pytest.raises(DataError, match="no labels"):
         judge_labels(world[0], [], world[2])
+
+
+def test_average_precision_by_hand():
+    score, positive = np.array([3.0, 2, 2, 1]), np.array([True, True, False, False])
+    # cut at 3: R=1/2, P=1; cut at 2: R=1, fall-out 1/2, so P = .5/(.5+.25); at prevalence one half
+    assert average_precision(score, positive, 0.5) == pytest.approx(0.5 * 1 + 0.5 * (0.5 / 0.75))
+    assert average_precision(np.zeros(4), positive, 0.2) == pytest.approx(0.2)  # knows nothing: the prevalence
+    assert average_precision(score, positive, 0.01) < average_precision(score, positive, 0.5)
+
+
+def test_precision_and_correlation_are_those_of_the_whole_split_not_of_the_balanced_sample():
+    rng = np.random.default_rng(0)
+    z = np.where(rng.random(4000) < 0.05, rng.gamma(3, 1, 4000), 0)
+    score = z + rng.normal(size=4000)
+    positive = z > 0
+    kept = np.sort(np.r_[np.flatnonzero(positive), rng.permutation(np.flatnonzero(~positive))[:200]])
+    share = positive.mean()
+    full = average_precision(score, positive, share)
+    assert average_precision(score[kept], positive[kept], share) == pytest.approx(full, abs=0.05)
+    assert correlation(score[kept], z[kept], positive[kept], share) == pytest.approx(np.corrcoef(score, z)[0, 1],
+                                                                                     abs=0.05)
+    assert np.corrcoef(score[kept], z[kept])[0, 1] > np.corrcoef(score, z)[0, 1] + 0.1
+    assert np.isnan(correlation(np.ones(4), np.arange(4.0), np.arange(4) > 1, 0.5))
+
+
+def test_missing_and_extra_labels_cost_precision_and_correlation(world):
+    """Oikarinen et al. 2025: a measure must fall when half of a label's meaning is taken away, and when some is added.
+    """
+    contexts, _, judge = world
+    either = contexts.index["text"].str.contains(r"\bw3\b") | contexts.index["text"].str.contains("apple")
+    both = Contexts(sparse.csr_array(either.to_numpy(float)[:, None]), contexts.index)
+    exact = Label(0, "", {"apple": 5.0, "w3": 5.0})
+    missing = Label(0, "", {"apple": 5.0})
+    extra = Label(0, "", {"apple": 5.0, "w3": 5.0, "w7": 5.0, "w9": 5.0, "w11": 5.0})
+    table = judge_labels(both, [exact, missing, extra], judge, n_boot=50)
+    for column in ("auprc", "correlation_z"):
+        assert table[column][0] > max(table[column][1], table[column][2]) + 0.05, column
+
+
+def test_neighbour_negatives_fire_for_a_neighbour(world):
+    contexts, _, _ = world
+    near = contexts.neighbours(APPLE, 5)
+    rows, positive = held_out_sample(contexts, APPLE, negatives="neighbour")
+    assert len(near) == 5 and APPLE not in set(near.feature) and near.jaccard.is_monotonic_decreasing
+    assert np.any([contexts.activation(f)[rows[~positive]] for f in near.feature], axis=0).all()
+    explain = contexts.rows("explain")
+    a, b = (contexts.activation(f)[explain] != 0 for f in (APPLE, near.feature[0]))
+    assert near.jaccard[0] == pytest.approx((a & b).sum() / (a | b).sum()) and near.both[0] == (a & b).sum()
+    assert held_out_sample(contexts, 79, negatives="neighbour")[0].size == 0  # a dead feature has no neighbours
+
+
+def test_other_negatives_are_reported_beside_the_first(world):
+    contexts, explainer, judge = world
+    table = judge_labels(contexts, explainer.explain_all([SORRY, APPLE]), judge, n_boot=50,
+                         also=("matched", "neighbour")).set_index("feature")
+    assert table.loc[APPLE, "auroc_matched"] > 0.9 and table.loc[APPLE, "auroc_neighbour"] > 0.9
+    wrong = judge_labels(contexts, [Label(APPLE, "", {"w3": 1.0})], judge, n_boot=50, also=("neighbour",)).iloc[0]
+    assert wrong["auroc_neighbour"] < 0.65
+
+
+def test_tfidf_reads_any_label(world):
+    contexts, explainer, _ = world
+    judge = TfidfJudge(explainer.vocabulary)
+    written = Label(APPLE, "Responses about an apple", kind="llm")
+    table = judge_labels(contexts, [written, explainer.explain(APPLE), Label(APPLE, "zebra", kind="llm")], judge,
+                         n_boot=100)
+    assert (table["auroc"][:2] > 0.95).all() and table["auroc"][2] == pytest.approx(0.5)
+
+
+def test_a_sheet_goes_out_blind_and_comes_back_as_a_judge(world, tmp_path):
+    contexts, _, _ = world
+    index = contexts.index.copy()
+    apples = index["text"].str.contains("apple")
+    index.loc[apples, "text"] = '=HYPERLINK("x") "quoted", and\nlines ' + index["text"]
+    contexts = Contexts(contexts.z, index)
+    labels = [Label(APPLE, "about apples"), Label(7, "no label", reason="nothing")]
+    n = write_sheet(tmp_path / "sheet.csv", contexts, labels, n_per_class=40)
+    sheet = pd.read_csv(tmp_path / "sheet.csv", dtype=str, keep_default_na=False)
+    assert len(sheet) == n == 80 and list(sheet.columns) == ["item", "label", "response", "matches"]
+    assert not sheet["response"].str.startswith("=").any() and set(sheet["label"]) == {"about apples"}
+    first = sheet["response"].str.contains("apple").iloc[:20]
+    assert first.any() and not first.all()  # shuffled: the order tells nothing
+    sheet["matches"] = ["yes" if "apple" in text else "0" for text in sheet["response"]]
+    sheet.to_csv(tmp_path / "filled.csv", index=False)
+    judge = HumanJudge(tmp_path / "filled.csv")
+    row = judge_labels(contexts, labels, judge, n_boot=50, n_per_class=40).iloc[0]
+    assert row["auroc"] > 0.95 and row["n_pos"] == 40
+    blank = sheet.assign(matches="")
+    blank.to_csv(tmp_path / "blank.csv", index=False)
+    assert "judge failed" in judge_labels(contexts, labels, HumanJudge(tmp_path / "blank.csv"), n_boot=50,
+                                          n_per_class=40).iloc[0]["verdict"]
+    sheet.loc[3, "matches"] = "perhaps"
+    sheet.to_csv(tmp_path / "odd.csv", index=False)
+    with pytest.raises(DataError, match="line .*perhaps"):
+        HumanJudge(tmp_path / "odd.csv")
+    with pytest.raises(DataError, match="nothing to ask"):
+        write_sheet(tmp_path / "x.csv", contexts, labels[1:])

@@ -145,6 +145,29 @@ class Contexts:
             table = table.assign(w=self.w, contribution_mean=self.w * total / n, contribution_sd=np.abs(self.w) * sd)
         return table
 
+    def neighbours(self, feature: int, n: int = 5) -> pd.DataFrame:
+        """The ``n`` features that fire most with this one on the explain split: feature, jaccard, both (responses).
+
+        jaccard = responses with both / responses with either.
+        """
+        fires = self._fires
+        both = np.asarray(fires.T @ (self.activation(feature)[self.rows("explain")] != 0).astype(np.float32)).ravel()
+        count = self._fire_counts
+        jaccard = np.where(both > 0, both / np.maximum(count + count[feature] - both, 1), 0)
+        jaccard[feature] = 0
+        best = np.argsort(-jaccard, kind="stable")[:n]
+        best = best[jaccard[best] > 0]
+        return pd.DataFrame({"feature": best, "jaccard": jaccard[best], "both": both[best].astype(int)})
+
+    @cached_property
+    def _fires(self) -> sparse.csr_array:
+        part = sparse.csr_array(self.z[self.rows("explain")] != 0)
+        return part.astype(np.float32)
+
+    @cached_property
+    def _fire_counts(self) -> np.ndarray:
+        return np.asarray(self._fires.sum(axis=0)).ravel()
+
     def examples(self, feature: int, per_decile: int = 2, split: str | None = None, seed: int = 0) -> pd.DataFrame:
         """Index rows for display: ``per_decile`` units from each activation decile (10 = strongest), with its size.
 

@@ -14,6 +14,7 @@ from scipy.stats import rankdata
 from sarmlib.errors import DataError
 from sarmlib.evaluation.statistics import auroc
 from sarmlib.interpretation.contexts import prompt_split
+from sarmlib.interpretation.explainers import shuffle_by_prompt
 from sarmlib.interpretation.judges import auroc_bootstrap
 
 
@@ -106,3 +107,12 @@ def compare_representations(representations: dict, concepts: pd.DataFrame, promp
         n_concepts=("auroc", "size"), n_found=("auroc", lambda a: int((a >= bar).sum())),
         mean_auroc=("auroc", "mean"), mean_f1=("f1", "mean"))
     return long, summary.reset_index()
+
+
+def shuffled_concepts(z, concepts: pd.DataFrame, prompt_ids, *, times=20, seed=0, **settings) -> np.ndarray:
+    """The null of `match_concepts`: mean held-out AUROC over concepts, [times], with the concepts of all responses
+    shuffled by prompt (`shuffle_by_prompt`): the best feature is still chosen, but there is nothing to find."""
+    order = shuffle_by_prompt(np.arange(len(concepts)), pd.factorize(np.asarray(prompt_ids))[0], times,
+                              np.random.default_rng(seed))
+    return np.array([match_concepts(z, concepts.iloc[rows].reset_index(drop=True), prompt_ids, n_boot=1, seed=seed,
+                                    **settings)["auroc"].mean() for rows in order])

@@ -174,3 +174,15 @@ def sentence_end_features(model, tokenizer, conversations, *, max_length: int = 
                                        shape=(len(members), len(owner))) @ code)
         order.extend(members)
     return sparse.csr_array(sparse.vstack(blocks, format="csr")[np.argsort(order)])
+
+
+@torch.inference_mode()
+def reward_states(model, tokenizer, conversations, *, max_length: int = 2048, batch_tokens: int = 2048) -> np.ndarray:
+    """x_last float32 [n, d]: the hidden state at the reward position, before normalisation (what eq. 7 encodes)."""
+    device = next(model.parameters()).device
+    ids = truncate_left(tokenizer, encode_conversations(tokenizer, conversations), fit_length(model, max_length))
+    states = np.zeros((len(ids), model.config.hidden_size), np.float32)
+    for members in token_batches([len(one) for one in ids], batch_tokens):
+        batch = {name: one.to(device) for name, one in collate([ids[i] for i in members], pad_id(tokenizer)).items()}
+        states[members] = model(**batch).hidden.float().cpu().numpy()
+    return states
