@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/sweep.py --seeds 0 1 2
 
 One setting is changed at a time from the toy profile; SAE, reward model and scores are made anew.  Writes
-runs/long/sweep.jsonl (resumable) and benchmarks/sweep.csv, sweep.md.
+runs/long/sweep.jsonl (resumable) and benchmarks/sweep.csv, sweep.md, figures/sweep.*.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from variants import append, machine, measure, train
 
+from sarmlib import figures, figures_rq3
 from sarmlib.evaluation.statistics import seeds_ci
 from sarmlib.profiles import load_profile
 from sarmlib.stages import Run
@@ -48,7 +49,7 @@ def summary(lines: list[dict]) -> pd.DataFrame:
                "fvu": part.fvu.mean(), "dead": part.dead.mean()}
         if len(part) > 1:
             interval = seeds_ci(scores)
-            row |= {"low": interval.low, "high": interval.high}
+            row |= {"low": max(0.0, interval.low), "high": min(1.0, interval.high)}
         rows.append(row)
     return pd.DataFrame(rows).sort_values(["setting", "value"])
 
@@ -78,6 +79,16 @@ def main() -> None:
             for name, (_, values) in SETTINGS.items() for value in values]
     table = summary(append(arguments.lines, jobs, work))
     table.to_csv(arguments.out / "sweep.csv", index=False, float_format="%.5f")
+    used = {"layer": 3, "width": 2048, "k": 6}
+    data = pd.DataFrame({"setting": table.setting, "x": np.select([table.setting == "layer", table.setting == "width"],
+                                                                  [table.layer, table.n_features], table.k),
+                         **{name: 100 * table[column] for name, column in
+                            (("value", "rewardbench2"), ("lo", "low"), ("hi", "high"), ("dead", "dead"))}})
+    data["used"] = [row.x == used[row.setting] for row in data.itertuples()]
+    fig = figures_rq3.sensitivity(data, "Layer, width and k (toy world)")
+    figures.save_figure(fig, "sweep", arguments.out / "figures", data, "SARM's score over layer l, width M and k, one "
+                        f"changed at a time (filled: the profile's own), seeds {arguments.seeds}; below, dead "
+                        "features.", "toy")
     command = f"python benchmarks/sweep.py --seeds {' '.join(map(str, arguments.seeds))}"
     (arguments.out / "sweep.md").write_text(markdown(table, command))
 

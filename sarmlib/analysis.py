@@ -321,6 +321,39 @@ def label_score(run: Run, seed: int, column: str = "auroc") -> float:
     return float(values.mean())
 
 
+def case_studies(run: Run, seed: int, n: int = 3) -> pd.DataFrame:
+    """The ``n`` labelled features on each side that move the reward most (sd of w z): positive ones have w > 0 and
+    fire more on chosen answers, negative ones the reverse; features whose two signs disagree are in neither.
+
+    Columns: side, feature, w, preference_corr, contribution_sd, rate, label, auroc, auroc_lo, verdict."""
+    table = run.label_table(seed).sort_values("contribution_sd", ascending=False, kind="stable")
+    parts = [(side, table[(sign * table.w > 0) & (sign * table.preference_corr > 0)].head(n))
+             for side, sign in (("positive", 1), ("negative", -1))]
+    columns = ["side", "feature", "w", "preference_corr", "contribution_sd", "rate", "label", "auroc", "auroc_lo",
+               "verdict"]
+    return pd.concat([part.assign(side=side) for side, part in parts])[columns].reset_index(drop=True)
+
+
+def sentence_table(run: Run, seed: int, features, answers: int = 600, per_decile: int = 1) -> pd.DataFrame:
+    """``sentences.sentence_contexts`` on the first ``answers`` RM-Bench responses: the view of the paper's figure."""
+    from .interpretation.sentences import sentence_contexts
+    frame, _ = run.scored("sarm", seed).part("rm_bench")
+    talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}]
+             for a, b in zip(frame.prompt_text[:answers], frame.text[:answers], strict=True)]
+    return sentence_contexts(run.load_reward("sarm", seed), run.tokenizer, talks, features, per_decile=per_decile,
+                             max_length=run.profile.benchmarks.max_length, seed=seed)
+
+
+def concept_summary(run: Run) -> pd.DataFrame:
+    """``concept_table``'s summary per representation, mean over seeds: concepts, found (held-out AUROC of 0.9 or more),
+    found_min and found_max over seeds, mean AUROC and F1."""
+    parts = pd.concat([concept_table(run, seed)[1].assign(seed=seed) for seed in run.profile.seeds])
+    found = parts.groupby("representation", sort=False).agg(
+        concepts=("n_concepts", "first"), found=("n_found", "mean"), found_min=("n_found", "min"),
+        found_max=("n_found", "max"), auroc=("mean_auroc", "mean"), f1=("mean_f1", "mean"))
+    return found.reset_index()
+
+
 STATE, LABELS = "state coordinates", "keyword labels"
 
 

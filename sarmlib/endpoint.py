@@ -341,3 +341,19 @@ def _retry_after(value: str | None) -> float | None:
         return max(0.0, parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None
+
+
+def from_environment(cache: str | Path | None = None) -> ChatEndpoint:
+    """The endpoint of ``SARMLIB_LLM_URL``, ``SARMLIB_LLM_MODEL`` and ``SARMLIB_LLM_BUDGET`` (tokens); the key, if it
+    needs one, from ``OPENAI_API_KEY``.  Raises ConfigError naming what is not set."""
+    names = ("SARMLIB_LLM_URL", "SARMLIB_LLM_MODEL", "SARMLIB_LLM_BUDGET")
+    missing = [name for name in names if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(f"interpretation.explainer is llm, but {', '.join(missing)} is not set: name the endpoint, "
+                          "the model and the most tokens it may cost, or set explainer: keywords in a copy of the "
+                          "profile")
+    url, model, budget = (os.environ[name] for name in names)
+    try:
+        return ChatEndpoint(url, model, budget=float(budget), cache=cache)
+    except ValueError:
+        raise ConfigError(f"SARMLIB_LLM_BUDGET={budget[:40]!r}: give a number of tokens") from None

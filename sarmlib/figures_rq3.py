@@ -178,3 +178,28 @@ def learning_curve(data: pd.DataFrame, title: str = "", ylabel="RewardBench 2 ov
     ax.set(xlabel="preference pairs for training", ylabel=ylabel)
     end_labels(ax, ends)
     return titled(fig, title)
+
+
+@figure
+def sensitivity(data: pd.DataFrame, title: str = "", ylabel="RewardBench 2 overall (%)") -> Figure:
+    """One panel per setting (layer, width, k), score with interval over seeds at every value; dead features below.
+
+    Columns: setting, x, value, lo, hi, dead (percent); optional used (True at the profile's own value, drawn filled).
+    """
+    data = need(data, "setting", "x", "value", "lo", "hi", "dead")
+    names = list(pd.unique(data["setting"]))
+    fig, grid = axes(PAGE, 3.2, 2, len(names), sharex="col", sharey="row", height_ratios=[3, 1], squeeze=False)
+    for (top, low), name in zip(grid.T, names, strict=True):
+        part = data[data["setting"] == name].sort_values("x")
+        used = part["used"].to_numpy(bool) if "used" in part else np.zeros(len(part), bool)
+        place = np.arange(len(part))
+        top.plot(place, part["value"], color=GREY, lw=0.8)
+        for mask, face in ((used, BLUE), (~used, "white")):
+            if mask.any():
+                errors(top, part[mask], "value", place[mask], horizontal=False, fmt="o", color=BLUE, mfc=face, ms=4)
+        low.bar(place, part["dead"], color=GREY, width=0.6)
+        low.set_xticks(place, [f"{x:g}" for x in part["x"]])
+        low.set(xlabel=name, ylim=(0, 100))
+    grid[0, 0].set_ylabel(ylabel)
+    grid[1, 0].set_ylabel("dead (%)")
+    return titled(fig, title)

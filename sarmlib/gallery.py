@@ -50,6 +50,24 @@ def waterfall(run: Run, explanation, name: str = "waterfall") -> Figure:
     return _shown(run, draw(explanation), name, explanation.table, caption)
 
 
+def browser_of(run: Run, seed: int, **settings):
+    """(the `Browser` of a run's features and labels, where its numbers come from)."""
+    from . import __version__
+    from .browser import Browser
+    from .interpretation.judges import KeywordJudge
+    judge: KeywordJudge | None = KeywordJudge(run.vocabulary(seed))
+    labels, table = run.label_objects(seed), run.label_table(seed)
+    decoder = run.load_sae("sentence_end", seed).W_dec.detach().numpy()
+    if any(label.kind != "keyword" for label in labels):
+        judge = None  # a chat model would have to be asked again
+    provenance = {"profile": run.profile.name, "seed": str(seed), "backbone": run.backbone_key,
+                  "reward model": run.reward("sarm", seed).key, "responses": run.benchmarks().key,
+                  "scores": run.scores("sarm", seed).key, "labels": run.labels(seed).key, "sarmlib": __version__,
+                  "interpretation seed": str(run.profile.seed)}
+    return Browser(run.contexts(seed), labels, table, judge, decoder=decoder, seed=run.profile.seed,
+                   **settings), provenance
+
+
 def _shown(run: Run, fig: Figure, name: str, data, caption: str) -> Figure:
     figures.save_figure(fig, name, folder(run), data, caption, run.profile.name)
     picture = figures.png(fig)

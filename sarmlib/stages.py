@@ -144,9 +144,12 @@ class Run:
     def check_hub(self) -> None:
         """Can everything this profile wants from the hub be had?  Asked before the first minute is spent.
 
-        Raises OfflineError without network, ModelError or DataError for what the hub refuses (name, commit, gate).
+        Raises ConfigError when labels want an endpoint that is not named, OfflineError without network, ModelError or
+        DataError for what the hub refuses (name, commit, gate).
         """
         spec, local = self.profile, ("toy", "data")
+        if spec.interpretation.explainer == "llm":
+            self._endpoint()
         if spec.backbone.source not in local and not Path(spec.backbone.source).is_dir():
             _ = self.config, self.tokenizer  # small files; a gated model is refused here
         for source, revision in ((spec.preferences.source, spec.preferences.revision),
@@ -437,6 +440,8 @@ class Run:
     def labels(self, seed: int) -> Artifact:
         """Keyword labels of the features that move the reward most, and how they do on held-out prompts."""
         settings = {"seed": seed, **asdict(self.profile.interpretation), "bootstrap": self.profile.steering.bootstrap}
+        if self.profile.interpretation.explainer == "llm":
+            settings["model"] = os.environ.get("SARMLIB_LLM_MODEL")
         return self.store.get_or_make("labels", settings, {"scores": self.scores("sarm", seed).key},
                                       lambda folder: self._make_labels(folder, seed), CODE["labels"])
 
@@ -452,17 +457,29 @@ class Run:
             self._memo["vocabulary", seed] = self._explainer(seed).vocabulary
         return self._memo["vocabulary", seed]
 
+    def _endpoint(self):
+        from .endpoint import from_environment
+        return from_environment(self.store.root / "answers.jsonl")
+
     def _make_labels(self, folder: Path, seed: int) -> dict:
         from .interpretation.judges import KeywordJudge, judge_labels
-        spec, contexts, explainer = self.profile.interpretation, self.contexts(seed), self._explainer(seed)
+        from .interpretation.llm import LLMExplainer, LLMJudge
+        spec, contexts = self.profile.interpretation, self.contexts(seed)
         features = label_candidates(contexts.features(), spec.features)
+        if spec.explainer == "llm":
+            endpoint = self._endpoint()
+            explainer, judge, also = LLMExplainer(endpoint, contexts, self_grade=True), LLMJudge(endpoint), ()
+        else:
+            explainer, also = self._explainer(seed), ("matched", "neighbour")
+            judge = KeywordJudge(explainer.vocabulary)
         labels = explainer.explain_all(features.feature)
-        judged = judge_labels(contexts, labels, KeywordJudge(explainer.vocabulary), q=spec.fdr,
-                              n_boot=self.profile.steering.bootstrap, also=("matched", "neighbour"), seed=seed)
+        judged = judge_labels(contexts, labels, judge, q=spec.fdr, n_boot=self.profile.steering.bootstrap, also=also,
+                              seed=seed)
         table = features.merge(judged, on="feature", how="left")
         write_atomic(folder / "labels.json", table.to_json(orient="records"))
         write_atomic(folder / "explanations.json", json.dumps([asdict(label) for label in labels]))
-        return {"labelled": len(labels), "reliable": int(judged.reliable.sum())}
+        return {"labelled": len(labels), "reliable": int(judged.reliable.sum()),
+                "abstained": sum(label.abstained for label in labels)}
 
     def label_table(self, seed: int) -> pd.DataFrame:
         """One row per labelled feature: its statistics (``Contexts.features``) and its label's (``judge_labels``)."""

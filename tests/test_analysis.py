@@ -208,11 +208,46 @@ def test_weight_preference_auroc_on_planted_features():
 
 def test_concepts_are_those_of_the_rows(run):
     long, summary = analysis.concept_table(run, 0)
-    names = {"SARM", "token-level SAE", "random encoder"}
+    names = {"SARM", "token-level SAE", "random encoder", "state coordinates"}
+    names |= {"keyword labels"} if any(label.weights for label in run.label_objects(0)) else set()
     assert set(long.representation) == names and set(summary.representation) == names
     assert {"task:math", "good", "style:markdown"} <= set(long.concept)
     scored = long[long.reason == ""]
     assert len(scored) and scored.auroc.between(0, 1).all()
+
+
+def test_states_are_what_the_encoder_reads(run):
+    states, z = run.states("sarm", 0), run.scored("sarm", 0).part("rm_bench")[1]
+    code = run.load_reward("sarm", 0).encode(torch.from_numpy(states)).to_csr()
+    np.testing.assert_allclose(code.toarray(), z.toarray(), atol=1e-4)
+    assert run.states("sarm", 0) is states
+
+
+def test_shuffled_concepts_are_found_by_nothing(run):
+    null = analysis.concept_null(run, 0, times=8)
+    assert null.low <= null.estimate <= null.high and abs(null.estimate - 0.5) < 0.06 and null.n == 8
+
+
+def test_label_scores_stand_in_the_labels_column(run):
+    scores, contexts = analysis.label_scores(run, 0), run.contexts(0)
+    assert scores.shape == contexts.z.shape
+    spoken = {label.feature for label in run.label_objects(0) if label.weights}
+    assert set(np.flatnonzero(np.diff(scores.tocsc().indptr))) <= spoken
+
+
+def test_the_browser_of_a_run(run, tmp_path, capsys):
+    from sarmlib.__main__ import main
+    browser, provenance = gallery.browser_of(run, 0, n_features=7)
+    made = browser.write(tmp_path / "pages", provenance, n_pairs=3, progress=False)
+    assert made["features"] == 7 and made["pairs"] == 3
+    assert run.labels(0).key in (tmp_path / "pages/index.html").read_text()
+    assert all(browser.pair(1, a, b)["exact"] for a, b in browser.pairs(50))  # the model's own rewards add up
+    for command in ("browse", "export"):
+        assert main([command, "--runs", str(tmp_path / "none"), "--output", str(tmp_path / "out")])
+        assert "has not been made" in capsys.readouterr().err
+        assert main([command, "--seed", "77", "--output", str(tmp_path / "out")])
+        assert "--seed 77" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_concepts_need_the_toy_world(run, monkeypatch):

@@ -71,3 +71,14 @@ def test_the_learning_curve_ends_with_its_name():
     ax = figures.learning_curve(data).axes[0]
     assert [text.get_text()[2:] for text in ax.texts] == ["SARM", "scalar"] and ax.get_xscale() == "log"
     assert [t.get_text() for t in ax.get_xticklabels()] == ["48", "96", "192"]
+
+
+def test_sensitivity_has_a_panel_per_setting_and_marks_the_profiles_own_value():
+    data = pd.DataFrame([{"setting": name, "x": x, "value": 50 + x, "lo": 45, "hi": 60 + x, "dead": 10 * x,
+                          "used": x == 3} for name in ("layer", "k") for x in (1, 3, 2)])
+    fig = figures.sensitivity(data, "Title")
+    assert [ax.get_xlabel() for ax in fig.axes if ax.get_xlabel()] == ["layer", "k"]
+    assert [t.get_text() for t in fig.axes[2].get_xticklabels()] == ["1", "2", "3"]
+    assert fig.axes[0].lines[0].get_ydata().tolist() == [51, 52, 53]
+    with pytest.raises(DataError, match="dead"):
+        figures.sensitivity(data.drop(columns="dead"))

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import random
+import re
 import shutil
 
 import numpy as np
@@ -19,6 +20,7 @@ from sarmlib.evaluation.scoring import score_conversations
 from sarmlib.profiles import VARIANTS, load_profile
 from sarmlib.sae.model import TopKSAE
 from sarmlib.stages import Run
+from tests.fake_llm import FakeLLM
 from tests.miniature import miniature, save_backbone
 from tests.tiny import conversation
 
@@ -390,3 +392,35 @@ def test_local_without_a_folder_names_the_cure(monkeypatch, folder, tmp_path):
 def test_a_saved_sae_is_the_one_inside_the_model(run):
     sae = TopKSAE.load(run.sae("sentence_end", 0).file("sae"))
     assert sae.content_hash() == run.load_reward("sarm", 0).sae.content_hash()
+
+
+def test_a_chat_model_labels_in_the_pipeline_and_its_cache_serves_the_next_run(backbone, run, tmp_path, monkeypatch):
+    def reply(messages):
+        word = re.search(r"ACTIVATION 10>>>\n(\w+)", messages[1]["content"])
+        return json.dumps({"pattern": f"the word {word[1]}", "found": True, "consistency": 4} if word else {"match": 5})
+
+    names = ("SARMLIB_LLM_URL", "SARMLIB_LLM_MODEL", "SARMLIB_LLM_BUDGET")
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    shutil.copytree(run.store.root, tmp_path / "runs")
+    profile = miniature(backbone, interpretation__explainer="llm")
+    spoken = Run(profile, root=tmp_path / "runs", progress=False)
+    with pytest.raises(ConfigError, match="SARMLIB_LLM_URL, SARMLIB_LLM_MODEL, SARMLIB_LLM_BUDGET is not set"):
+        spoken.check_hub()
+    with FakeLLM(("500",), reply) as server:
+        for name, value in zip(names, (server.url, "fake", "1e6"), strict=True):
+            monkeypatch.setenv(name, value)
+        spoken.check_hub()
+        labels, table = spoken.label_objects(0), spoken.label_table(0)
+        asked = sum(server.answered.values())
+        assert {label.kind for label in labels} == {"llm"} and asked > 0 and max(server.answered.values()) == 1
+        shutil.rmtree(tmp_path / "runs/labels")
+        again = Run(profile, root=tmp_path / "runs", progress=False)
+        assert again.label_objects(0) == labels and sum(server.answered.values()) == asked
+        key = again.labels(0).key
+        monkeypatch.setenv("SARMLIB_LLM_MODEL", "another")
+        assert Run(profile, root=tmp_path / "runs", progress=False).labels(0).key != key
+    assert len(table) == len(labels)
+    monkeypatch.setenv("SARMLIB_LLM_BUDGET", "much")
+    with pytest.raises(ConfigError, match="SARMLIB_LLM_BUDGET='much'"):
+        spoken.check_hub()

@@ -30,24 +30,6 @@ def open_run(arguments):
     return found, seed
 
 
-def browser_of(run, seed: int, **settings):
-    """The `Browser` of a run, and where its numbers come from."""
-    from .. import __version__
-    from ..browser import Browser
-    from ..interpretation.judges import KeywordJudge
-    judge = KeywordJudge(run.vocabulary(seed))
-    labels, table = run.label_objects(seed), run.label_table(seed)
-    decoder = run.load_sae("sentence_end", seed).W_dec.detach().numpy()
-    if any(label.kind != "keyword" for label in labels):
-        judge = None  # a chat model would have to be asked again
-    provenance = {"profile": run.profile.name, "seed": str(seed), "backbone": run.backbone_key,
-                  "reward model": run.reward("sarm", seed).key, "responses": run.benchmarks().key,
-                  "scores": run.scores("sarm", seed).key, "labels": run.labels(seed).key, "sarmlib": __version__,
-                  "interpretation seed": str(run.profile.seed)}
-    return Browser(run.contexts(seed), labels, table, judge, decoder=decoder, seed=run.profile.seed,
-                   **settings), provenance
-
-
 def add_arguments(parser) -> None:
     add_run(parser)
     parser.add_argument("--output", required=True, help="folder of the pages")
@@ -60,6 +42,7 @@ def add_arguments(parser) -> None:
 
 def run(arguments) -> None:
     from ..errors import ConfigError
+    from ..gallery import browser_of
     if arguments.pairs < 0:
         raise ConfigError(f"--pairs {arguments.pairs}: at least 0")
     found, seed = open_run(arguments)

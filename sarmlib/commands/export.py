@@ -24,13 +24,14 @@ def run(arguments) -> None:
     from ..artifacts import write_atomic
     from ..errors import ConfigError
     from ..export import write_jsonl, write_neuronpedia
+    from ..gallery import browser_of
     from ..interpretation.human import HumanJudge, write_sheet
     from ..interpretation.judges import MIN_POSITIVES, judge_labels
     if arguments.redact and arguments.sheet:
         raise ConfigError("--sheet shows responses to a person; it cannot be redacted")
     judge = HumanJudge(arguments.filled) if arguments.filled else None
     found, seed = browse.open_run(arguments)
-    browser, provenance = browse.browser_of(found, seed, redact=arguments.redact, n_features=arguments.features)
+    browser, provenance = browser_of(found, seed, redact=arguments.redact, n_features=arguments.features)
     target = Path(arguments.output)
     n = write_jsonl(browser, target)
     write_atomic(target / "provenance.json", json.dumps(provenance, indent=2) + "\n")
