@@ -364,13 +364,16 @@ def concept_table(run: Run, seed: int) -> tuple[pd.DataFrame, pd.DataFrame]:
 
     Returns (one row per concept and representation, summary); see ``ground_truth.compare_representations``."""
     from .interpretation.ground_truth import compare_representations
+    if ("concepts", seed) in run._memo:
+        return run._memo["concepts", seed]
     shown = [v for v in SAE_OF_VARIANT if v in run.profile.variants]
     frame, concepts = _planted(run, seed)
     found: dict[str, Any] = {VARIANT_NAMES[v]: run.scored(v, seed).part("rm_bench")[1] for v in shown}
     found |= {STATE: run.states("sarm", seed), LABELS: label_scores(run, seed)}
     if not found[LABELS].nnz:
         del found[LABELS]  # every label abstained
-    return compare_representations(found, concepts, frame.prompt_id, signed=(STATE,))
+    run._memo["concepts", seed] = compare_representations(found, concepts, frame.prompt_id, signed=(STATE,))
+    return run._memo["concepts", seed]
 
 
 def concept_null(run: Run, seed: int, times: int = 20) -> Interval:

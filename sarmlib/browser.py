@@ -160,14 +160,15 @@ class Browser:
         domains = domains.sort_values(ascending=False, kind="stable").head(4)
         place = int((self.table.w.abs() > abs(row.w)).sum()) + 1
         return [("head weight w", _num(row.w, "+")), ("place of |w|", f"{place} of {len(self.table)}"),
-                ("fires on", f"{row.n_active:,} responses, {100 * row.rate:.1f} %"),
+                ("fires on", f"{row.n_active:,} responses, {100 * row.rate:.1f}\u202f%"),
                 ("mean z where it fires", _num(row.mean_active)),
                 ("contribution w z: mean", _num(row.contribution_mean, "+")),
                 ("contribution w z: sd", _num(row.contribution_sd)),
                 ("correlation with chosen, within the prompt", _num(row.preference_corr, "+")),
                 ("correlation with the reward", _num(row.reward_corr, "+")),
                 ("correlation with length", _num(row.length_corr, "+")),
-                ("fires most in", ", ".join(f"{visible(name, 40)} {100 * v:.0f} %" for name, v in domains.items()))]
+                ("fires most in", ", ".join(f"{visible(name, 40)} {100 * v:.0f}\u202f%"
+                                            for name, v in domains.items()))]
 
     def _errors(self, feature: int, z, most: int = 4) -> tuple[list, list, str]:
         """(false positives, false negatives, why there are none) of the label on the held-out sample."""
@@ -333,6 +334,9 @@ class Card:
     def __init__(self, page: str):
         self.page = page
 
+    def __repr__(self) -> str:
+        return f"Card({len(self.page)} characters of HTML, shown in a notebook)"
+
     def _repr_html_(self) -> str:
         return (f'<iframe sandbox title="feature" width="100%" height="620" style="border:0" '
                 f'srcdoc="{html.escape(self.page, quote=True)}"></iframe>')
@@ -387,7 +391,8 @@ def histogram(z: np.ndarray, chosen: np.ndarray, bins: int = 24) -> dict:
                 for name, side in (("c", True), ("r", False))}} for i in range(bins)]
     places = np.linspace(0, bins, 5).astype(int)
     return {"zero_c": round(100 * zeros[True] / n[True], 1), "zero_r": round(100 * zeros[False] / n[False], 1),
-            "bars": bars, "ticks": [{"x": round(96 + i * 540 / bins, 1), "text": f"{edges[i]:.3g}"} for i in places],
+            "bars": bars,
+            "ticks": [{"x": min(round(96 + i * 540 / bins, 1), 616), "text": f"{edges[i]:.3g}"} for i in places],
             "caption": f"Chosen responses above the line, rejected below, as shares of {n[True]:,} and {n[False]:,}. "
                        "Zero is a bar of its own (full height: all of them); the others have a scale of their own "
                        f"(full height: {100 * tallest:.2g} %).",

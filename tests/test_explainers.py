@@ -137,3 +137,14 @@ def test_bad_settings_are_named(explainer):
         KeywordExplainer(explainer.contexts, permutations=10)
     with pytest.raises(DataError, match="no term"):
         KeywordExplainer(explainer.contexts, min_df=10_000)
+
+
+def test_lengths_that_were_cut_off_are_not_called_fifths():
+    texts = [f"w{i % 7} w{i % 5}" for i in range(100)]
+    cut = Vocabulary(texts, np.r_[np.arange(10, 40), np.full(70, 512)])
+    assert not any("fifth" in name for name in cut.names)
+    assert "[longer responses]" in cut.terms("w1", 512) and "[shorter responses]" in cut.terms("w1", 12)
+    spread = Vocabulary(texts, np.arange(100))
+    assert "[longest fifth]" in spread.terms("w1", 99) and "[shortest fifth]" in spread.terms("w1", 0)
+    same = Vocabulary(texts, np.full(100, 7))
+    assert not any(name.startswith("[short") or name.startswith("[long") for name in same.names)

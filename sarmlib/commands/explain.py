@@ -97,6 +97,6 @@ def read_labels(path: str | None) -> dict[int, str] | None:
             if isinstance(found, dict):
                 return {int(key): str(value) for key, value in found.items()}
         return {int(row["feature"]): str(row["label"]) for row in iter_rows(path)}  # type: ignore[index]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError) as error:
         raise DataError(f"--labels {path}: {error!r}; needed: JSON {{id: words}}, or JSONL rows with feature and label"
                         ) from None

@@ -100,7 +100,11 @@ class Vocabulary:
 
     def __init__(self, texts: list[str], lengths: np.ndarray, min_df: int | None = None):
         min_df = max(3, round(len(texts) / 200)) if min_df is None else min_df
-        self.edges = np.quantile(lengths, [0.2, 0.4, 0.6, 0.8])
+        # cut-off responses share one length: then fifths do not exist, and no bin may be called one
+        edges = np.unique(np.quantile(lengths, [0.2, 0.4, 0.6, 0.8]))
+        self.edges = edges[edges < np.max(lengths)] if len(lengths) else edges
+        few = ("[shorter responses]", *["[middling length]"] * (len(self.edges) - 1), "[longer responses]")
+        self._lengths = LENGTH_TERMS if len(self.edges) == 4 else few
         self._memo: dict[tuple[str, float], frozenset[str]] = {}
         documents = [self._raw(text, length) for text, length in zip(texts, lengths, strict=True)]
         count = Counter(term for document in documents for term in document)
@@ -113,7 +117,8 @@ class Vocabulary:
     def _raw(self, text: str, length: float) -> set[str]:
         words = _WORD.findall(text.lower())
         flags = {name for name, pattern in _FORMAT.items() if pattern.search(text)}
-        flags.add(LENGTH_TERMS[int(np.searchsorted(self.edges, length, "left"))])
+        if len(self.edges):
+            flags.add(self._lengths[int(np.searchsorted(self.edges, length, "left"))])
         return set(words) | {f"{a} {b}" for a, b in zip(words, words[1:], strict=False)} | flags
 
     def terms(self, text: str, length: float) -> frozenset[str]:

@@ -58,14 +58,19 @@ class HumanJudge:
 
     def __init__(self, path):
         self.answers: dict[str, float] = {}
-        with open(Path(path), newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if not {"item", "matches"} <= set(reader.fieldnames or ()):
-                raise DataError(f"{path}: the columns item and matches are needed; found {reader.fieldnames}")
-            for line in reader:
-                value = (line["matches"] or "").strip().lower()
-                if value:
-                    self.answers[line["item"]] = self._number(value, path, reader.line_num)
+        try:
+            with open(Path(path), newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file)
+                names = set(reader.fieldnames or ())
+                lines = [(reader.line_num, line) for line in reader]
+        except (OSError, ValueError, csv.Error) as error:
+            raise DataError(f"{path} cannot be read as a UTF-8 CSV file ({error}); save the sheet as such") from None
+        if not {"item", "matches"} <= names:
+            raise DataError(f"{path}: the columns item and matches are needed; found {sorted(map(str, names))[:9]}")
+        for number, line in lines:
+            value = (line["matches"] or "").strip().lower()
+            if value:
+                self.answers[line["item"]] = self._number(value, path, number)
 
     @staticmethod
     def _number(value: str, path, line: int) -> float:

@@ -189,10 +189,12 @@ def command_line(outcome: Outcome, rng: random.Random, folder: Path) -> None:
     """``python -m sarmlib`` with odd words, after which the output folder must be empty."""
     from sarmlib.__main__ import main
     commands = ["verify", "report", "figures", "doctor", "badges", "nonsense", "", "--help", "steer", "steering-scores",
-                "evaluate", "serve", "pretrain-sae"]
+                "evaluate", "serve", "pretrain-sae", "score", "explain", "judge", "label", "train", "browse", "export"]
     words = ["--profile", "--runs", "--data", "--repo", "toy", "local", "nowhere", "/", "..", "", "--force", "a/b",
              "x.yaml", "\x00", "-1", "🜲", "--", "gpu", "--model", "--feature", "3=2", "--benchmark", "rm-bench",
-             "--port", "--k", "--corpus", "--layer", "0", "--target", "--undo", "--limit"]
+             "--port", "--k", "--corpus", "--layer", "0", "--target", "--undo", "--limit", "--prompt",
+             "--response", "--input", "--endpoint", "http://127.0.0.1:9/v1", "--budget", "--pairs", "--filled",
+             "--redact", "--seed", "--features", "--dry-run"]
     command = rng.choice(commands)
     old = command in ("verify", "report", "figures", "doctor")
     argv = [command, *rng.choices(words, k=rng.randrange(7)), "--runs" if old else "--output", str(folder / "runs")]
@@ -276,6 +278,22 @@ def entry_points(work: Path) -> Iterator[tuple[str, Callable]]:
     from sarmlib.evaluation.generative import parse_choice, parse_rating
     yield "judge's answer", values(["[[A]]", "I rate it [[7]] of 10, not [[11]]"], lambda v: [
         (parse_choice(one), parse_rating(one)) for one in v if one is None or isinstance(one, str)])
+    from sarmlib.commands.explain import read_labels
+    from sarmlib.data.conversations import load_items
+    from sarmlib.interpretation.human import HumanJudge
+    from sarmlib.interpretation.llm import LLMExplainer
+    rows = [{"prompt": "Name one.", "response": "One is Ardu.", "id": "a"}, {"prompt": "x", "responses": ["y", "z"]},
+            {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]},
+            {"prompt": "x", "chosen": "y", "rejected": "z"}]
+    yield "rows to score", files(tables("rows", rows), lambda p: list(load_items(p)))
+    labels = {"labels.json": b'{"3": "words", "5": "more"}', "labels.jsonl": b'{"feature": 3, "label": "words"}\n'}
+    yield "labels, file", files(labels, lambda p: read_labels(str(p)))
+    sheet = "item,label,response,matches\n00aa,words,An answer,yes\n00bb,words,\"Two\nlines\",7\n00cc,words,x,\n"
+    yield "filled sheet", files({"sheet.csv": sheet.encode()}, HumanJudge)
+    explainer = LLMExplainer(None, None)
+    replies = ['{"pattern": "x", "found": true, "consistency": 4}', '```json\n{"match": 3}\n```']
+    yield "explainer's answer", values(replies, lambda v: [explainer._label(1, True, one) for one in v
+                                                           if one is None or isinstance(one, str)])
     yield "artifacts", folders(work / "store", lambda p: Store(p).verify())
     yield "command line", command_line
 
