@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import hashlib
+import importlib.util
 import json
 import re
 import shutil
@@ -123,6 +124,52 @@ def test_chromium_runs_and_requests_nothing(hostile, tmp_path):
         assert set(page.elements) <= ALLOWED and "pwned" not in (re.search("<title>(.*?)</title>", dom) or "")[1]
         assert page.elements.count("style") == 1 and len(page.text) > 500
         assert "evil.example" not in log.read_text()
+
+
+CONTRAST = """() => {
+  const light = c => { const v = c.match(/[\\d.]+/g).slice(0, 3).map(x => (x /= 255) <= .03928 ? x / 12.92
+                         : ((x + .055) / 1.055) ** 2.4); return .2126 * v[0] + .7152 * v[1] + .0722 * v[2] }
+  const ground = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+                          if (c != 'rgba(0, 0, 0, 0)') return c } return 'rgb(255, 255, 255)' }
+  const words = [...document.querySelectorAll('body *')].filter(e => !e.closest('svg') &&
+      [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim()))
+  return Math.min(...words.map(e => { const [a, b] = [light(getComputedStyle(e).color), light(ground(e))]
+                                      return (Math.max(a, b) + .05) / (Math.min(a, b) + .05) })) }"""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(CHROMIUM is None or not importlib.util.find_spec("playwright"), reason="needs chromium, playwright")
+def test_the_keyboard_reaches_everything_and_words_have_contrast(browser, tmp_path):
+    from playwright.sync_api import sync_playwright
+    browser.write(tmp_path / "pages", n_pairs=2, progress=False)
+    at, veil = f"file://{tmp_path}/pages/", "document.activeElement.parentElement"
+    with sync_playwright() as play:
+        page = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"]).new_page()
+
+        def tab_to(test: str) -> None:
+            for _ in range(80):
+                page.keyboard.press("Tab")
+                if page.evaluate(test):
+                    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+                    return
+            raise AssertionError(f"the Tab key never reaches {test}")
+
+        page.goto(at + "index.html")
+        tab_to("document.activeElement.textContent.startsWith('weight')")
+        with page.expect_navigation():
+            page.keyboard.press("Enter")
+        assert page.url.endswith("by-weight.html")
+        page.goto(at + f"feature-{SORRY}.html")
+        tab_to(f"{veil}.className == 'veil'")
+        blur = f"getComputedStyle({veil}, '::details-content').filter"
+        assert not page.evaluate(f"{veil}.open") and "blur" in page.evaluate(blur)
+        page.keyboard.press("Enter")
+        assert page.evaluate(f"{veil}.open") and page.evaluate(blur) == "none"
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            for name in ("index", f"feature-{SORRY}", "pair-1", "skipped", "about"):
+                page.goto(f"{at}{name}.html")
+                assert page.evaluate(CONTRAST) >= 4.5, (scheme, name)
 
 
 def test_the_policy_allows_one_style_sheet_and_nothing_else(pages):
