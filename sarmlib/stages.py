@@ -148,8 +148,6 @@ class Run:
         DataError for what the hub refuses (name, commit, gate).
         """
         spec, local = self.profile, ("toy", "data")
-        if spec.interpretation.explainer == "llm":
-            self._endpoint()
         if spec.backbone.source not in local and not Path(spec.backbone.source).is_dir():
             _ = self.config, self.tokenizer  # small files; a gated model is refused here
         for source, revision in ((spec.preferences.source, spec.preferences.revision),
@@ -159,6 +157,8 @@ class Run:
             if source not in local and not Path(source).exists():
                 from .data.files import check_access
                 check_access(source.removeprefix("hub:"), revision)
+        if spec.interpretation.explainer == "llm":
+            self._endpoint()
 
     def texts(self, seed: int = 0) -> Iterator[str | list[int]]:
         """The SAE's corpus: documents, and among them (``corpus.dialogue_share``) conversations of training pairs."""

@@ -70,7 +70,7 @@ class FakeLLM:
         kind = self.trouble[number % (2 * len(self.trouble))] if (
             self.trouble and first and number % (2 * len(self.trouble)) < len(self.trouble)) else None
         if kind == "slow":
-            time.sleep(0.6)
+            time.sleep(2.5)
         elif kind in ("429", "500"):
             return self.send(request, int(kind), {"error": "busy"}, {"Retry-After": "0"} if kind == "429" else {})
         elif kind == "malformed":

@@ -254,6 +254,7 @@ def test_concepts_need_the_toy_world(run, monkeypatch):
     scored = run.scored("sarm", 0)
     bare = dataclasses.replace(scored, units=scored.units.assign(concepts=[()] * len(scored.units)))
     monkeypatch.setattr(run, "scored", lambda variant, seed: bare)
+    monkeypatch.setattr(run, "_memo", {})
     with pytest.raises(ConfigError, match="no planted concepts"):
         analysis.concept_table(run, 0)
 
