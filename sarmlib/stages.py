@@ -439,30 +439,32 @@ class Run:
 
     def labels(self, seed: int) -> Artifact:
         """Keyword labels of the features that move the reward most, and how they do on held-out prompts."""
-        settings = {"seed": seed, **asdict(self.profile.interpretation), "bootstrap": self.profile.steering.bootstrap}
+        settings = {"seed": seed, **asdict(self.profile.interpretation), "bootstrap": self.profile.steering.bootstrap,
+                    "judges": ["explainer's", "tfidf"]}
         if self.profile.interpretation.explainer == "llm":
             settings["model"] = os.environ.get("SARMLIB_LLM_MODEL")
         return self.store.get_or_make("labels", settings, {"scores": self.scores("sarm", seed).key},
                                       lambda folder: self._make_labels(folder, seed), CODE["labels"])
 
     def _explainer(self, seed: int):
-        """The keyword explainer; its vocabulary also serves the judges."""
+        """The keyword explainer; its vocabulary also serves the judges.  Made once per Run."""
         from .interpretation.explainers import KeywordExplainer
         spec = self.profile.interpretation
-        return KeywordExplainer(self.contexts(seed), permutations=spec.permutations, top=spec.top_keywords, seed=seed)
+        if ("explainer", seed) not in self._memo:
+            self._memo["explainer", seed] = KeywordExplainer(
+                self.contexts(seed), permutations=spec.permutations, top=spec.top_keywords, seed=seed)
+        return self._memo["explainer", seed]
 
     def vocabulary(self, seed: int):
-        """Terms of the explain split (:class:`Vocabulary`), as the keyword judge reads them; made once per Run."""
-        if ("vocabulary", seed) not in self._memo:
-            self._memo["vocabulary", seed] = self._explainer(seed).vocabulary
-        return self._memo["vocabulary", seed]
+        """Terms of the explain split (:class:`Vocabulary`), as the keyword judge reads them."""
+        return self._explainer(seed).vocabulary
 
     def _endpoint(self):
         from .endpoint import from_environment
         return from_environment(self.store.root / "answers.jsonl")
 
     def _make_labels(self, folder: Path, seed: int) -> dict:
-        from .interpretation.judges import KeywordJudge, judge_labels
+        from .interpretation.judges import KeywordJudge, TfidfJudge, judge_labels
         from .interpretation.llm import LLMExplainer, LLMJudge
         spec, contexts = self.profile.interpretation, self.contexts(seed)
         features = label_candidates(contexts.features(), spec.features)
@@ -475,6 +477,9 @@ class Run:
         labels = explainer.explain_all(features.feature)
         judged = judge_labels(contexts, labels, judge, q=spec.fdr, n_boot=self.profile.steering.bootstrap, also=also,
                               seed=seed)
+        # the same sample by a judge that made no label: for words of a model, one that costs nothing
+        other = judge_labels(contexts, labels, TfidfJudge(self.vocabulary(seed)), n_boot=20, seed=seed)
+        judged["auroc_tfidf"] = other.auroc
         table = features.merge(judged, on="feature", how="left")
         write_atomic(folder / "labels.json", table.to_json(orient="records"))
         write_atomic(folder / "explanations.json", json.dumps([asdict(label) for label in labels]))

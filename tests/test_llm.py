@@ -102,6 +102,6 @@ def test_the_command_writes_both_kinds_of_labels_and_stays_in_its_budget(context
         assert main([*command, "--budget", "5000"]) == 1 and "budget of 5000 tokens" in capsys.readouterr().err
         assert main(command) == 0 and max(server.answered.values()) == 1
     rows = [json.loads(line) for line in (tmp_path / "out" / "labels.jsonl").read_text().splitlines()]
-    assert len(rows) == 18 and {(row["explainer"], row["judge"]) for row in rows} == {
-        ("llm", "llm"), ("keyword", "llm"), ("keyword", "keyword")}
+    assert len(rows) == 30 and {(row["explainer"], row["judge"]) for row in rows} == {
+        ("llm", "llm"), ("llm", "tfidf"), ("keyword", "llm"), ("keyword", "tfidf"), ("keyword", "keyword")}
     assert "reliable of" in capsys.readouterr().out

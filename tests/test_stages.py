@@ -91,7 +91,7 @@ def test_everything_is_found_on_the_second_call(run):
                      fresh.sae("sentence_end", 0), fresh.reward("sarm", 0), fresh.scores("sarm", 0), fresh.labels(0)):
         assert artifact.fresh is False
     table = fresh.label_table(0)
-    assert {"feature", "w", "label"} <= set(table) and len(table) <= 6
+    assert {"feature", "w", "label", "auroc", "auroc_tfidf"} <= set(table) and len(table) <= 6
     assert set(stages.label_candidates(run.contexts(0).features(), 6).feature) == set(table.feature)
 
 

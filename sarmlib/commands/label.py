@@ -35,7 +35,7 @@ def label_all(contexts, arguments, permutations: int, top: int) -> None:
     """Ask, judge, and write ``labels.jsonl``: a row per feature, explainer and judge, with `judge_labels`' columns."""
     from ..artifacts import write_atomic
     from ..interpretation.explainers import KeywordExplainer
-    from ..interpretation.judges import KeywordJudge, judge_labels
+    from ..interpretation.judges import KeywordJudge, TfidfJudge, judge_labels
     from ..interpretation.llm import LLMExplainer, LLMJudge
     from ..stages import label_candidates
     endpoint = judge.make_endpoint(arguments)
@@ -49,9 +49,11 @@ def label_all(contexts, arguments, permutations: int, top: int) -> None:
         return
     keywords = KeywordExplainer(contexts, permutations=permutations, top=top)
     made = {"llm": explainer.explain_all(features), "keyword": keywords.explain_all(features)}
-    judges: dict = {"llm": LLMJudge(endpoint), "keyword": KeywordJudge(keywords.vocabulary)}
+    judges: dict = {"llm": LLMJudge(endpoint), "keyword": KeywordJudge(keywords.vocabulary),
+                    "tfidf": TfidfJudge(keywords.vocabulary)}
     lines = []
-    for kind, by in (("llm", "llm"), ("keyword", "llm"), ("keyword", "keyword")):
+    for kind, by in (("llm", "llm"), ("llm", "tfidf"), ("keyword", "llm"), ("keyword", "tfidf"),
+                     ("keyword", "keyword")):
         table = judge_labels(contexts, made[kind], judges[by])
         table.insert(1, "explainer", kind)
         table.insert(2, "judge", by)

@@ -19,7 +19,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
-import pandas as pd
 from scipy import sparse
 
 from sarmlib.errors import ConfigError, DataError
@@ -214,10 +213,3 @@ def describe(weights: dict[str, float]) -> str:
     less = [f"“{term}”" if term[0] != "[" else term[1:-1] for term, s in weights.items() if s < 0]
     parts = [f"{side} often: {', '.join(terms)}" for side, terms in (("more", more), ("less", less)) if terms]
     return "; ".join(parts)
-
-
-def labels_frame(labels: list[Label]) -> pd.DataFrame:
-    """Labels as a table: feature, label, abstained, reason, p_value, terms."""
-    return pd.DataFrame([{"feature": label.feature, "label": label.text, "abstained": label.abstained,
-                          "reason": label.reason, "p_value": label.p_value, "terms": len(label.weights)}
-                         for label in labels])
