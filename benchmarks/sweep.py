@@ -79,7 +79,8 @@ def main() -> None:
             for name, (_, values) in SETTINGS.items() for value in values]
     table = summary(append(arguments.lines, jobs, work))
     table.to_csv(arguments.out / "sweep.csv", index=False, float_format="%.5f")
-    used = {"layer": 3, "width": 2048, "k": 6}
+    shape = Run(load_profile("toy"), progress=False).shape
+    used = {"layer": shape["layer"], "width": shape["n_features"], "k": shape["k"]}
     data = pd.DataFrame({"setting": table.setting, "x": np.select([table.setting == "layer", table.setting == "width"],
                                                                   [table.layer, table.n_features], table.k),
                          **{name: 100 * table[column] for name, column in

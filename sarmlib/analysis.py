@@ -26,7 +26,7 @@ from .sarm.steering import (
     steer,
     summarise_shift,
 )
-from .stages import SAE_OF_VARIANT, Run
+from .stages import SAE_OF_VARIANT, Run, conversations
 
 VARIANT_NAMES = {
     "sarm": "SARM", "token_sae": "token-level SAE", "random_encoder": "random encoder",
@@ -338,10 +338,8 @@ def sentence_table(run: Run, seed: int, features, answers: int = 600, per_decile
     """``sentences.sentence_contexts`` on the first ``answers`` RM-Bench responses: the view of the paper's figure."""
     from .interpretation.sentences import sentence_contexts
     frame, _ = run.scored("sarm", seed).part("rm_bench")
-    talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}]
-             for a, b in zip(frame.prompt_text[:answers], frame.text[:answers], strict=True)]
-    return sentence_contexts(run.load_reward("sarm", seed), run.tokenizer, talks, features, per_decile=per_decile,
-                             max_length=run.profile.benchmarks.max_length, seed=seed)
+    return sentence_contexts(run.load_reward("sarm", seed), run.tokenizer, conversations(frame[:answers]), features,
+                             per_decile=per_decile, max_length=run.profile.benchmarks.max_length, seed=seed)
 
 
 def concept_summary(run: Run) -> pd.DataFrame:
@@ -399,11 +397,11 @@ def label_scores(run: Run, seed: int):
     from scipy import sparse
 
     from .interpretation.judges import KeywordJudge
-    contexts, vocabulary = run.contexts(seed), run.vocabulary(seed)
+    contexts, judge = run.contexts(seed), KeywordJudge(run.vocabulary(seed))
     scores = sparse.lil_array(contexts.z.shape)
     for label in run.label_objects(seed):
         if label.weights:
-            scores[:, [label.feature]] = KeywordJudge(vocabulary).score(label, contexts.index)[:, None]
+            scores[:, [label.feature]] = judge.score(label, contexts.index)[:, None]
     return scores.tocsr()
 
 
@@ -519,9 +517,7 @@ def safer_features(run: Run, seed: int) -> tuple[Any, Any]:
     units = units[~units.prompt_id.isin(_asked_in(units, rb_units[rb_units.domain == "Safety"]))]
     model, found = run.load_reward("sarm", seed), []
     for label in ("chosen", "rejected"):
-        part = units[units.label == label]
-        talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}]
-                 for a, b in zip(part.prompt_text, part.text, strict=True)]
+        talks = conversations(units[units.label == label])
         found.append(sentence_end_features(model, run.tokenizer, talks, max_length=run.profile.benchmarks.max_length))
     return found[0], found[1]
 
@@ -586,10 +582,8 @@ def steered_forward(run: Run, one: Steering, n: int = 400, add: float = 0.0) -> 
     model = run.load_reward("sarm", one.seed)
     edited = steer(model, {one.feature: one.factor})
     rows = np.random.default_rng(one.seed).permutation(len(one.units))[:n]
-    picked = one.units.iloc[rows]
-    conversations = [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
-                     for prompt, text in zip(picked.prompt_text, picked.text, strict=True)]
-    before, after = (score_conversations(one_model, run.tokenizer, conversations,
+    talks = conversations(one.units.iloc[rows])
+    before, after = (score_conversations(one_model, run.tokenizer, talks,
                                          max_length=run.profile.benchmarks.max_length).rewards
                      for one_model in (model, edited))
     after, expected = after + add, one.analysis.steered({one.feature: one.factor})[rows]

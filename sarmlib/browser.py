@@ -249,7 +249,6 @@ class Browser:
                 "check_text": (f"Exact: the contributions of {len(features)} features sum to {total:+.6g}, the margin "
                                f"to within {gap}." if exact else
                                f"The contributions sum to {total:+.6g}, which is not the margin (gap {gap})."),
-                "names": "The labels of the features stand in the table.",
                 **{name: self.unit(None, row, most=(2000, 600)) for name, row in
                    (("chosen", chosen), ("rejected", rejected))}}
 

@@ -420,10 +420,9 @@ class Run:
         if key not in self._memo:
             from .sarm.controls import reward_states
             frame, _ = self.scored(variant, seed).part("rm_bench")
-            talks = [[{"role": "user", "content": a}, {"role": "assistant", "content": b}]
-                     for a, b in zip(frame.prompt_text, frame.text, strict=True)]
-            self._memo[key] = reward_states(self.load_reward(variant, seed).to(self.device), self.tokenizer, talks,
-                                            max_length=self.profile.benchmarks.max_length)
+            self._memo[key] = reward_states(
+                self.load_reward(variant, seed).to(self.device), self.tokenizer, conversations(frame),
+                max_length=self.profile.benchmarks.max_length)
         return self._memo[key]
 
     def head(self, variant: str, seed: int) -> np.ndarray:
@@ -464,7 +463,7 @@ class Run:
         return from_environment(self.store.root / "answers.jsonl")
 
     def _make_labels(self, folder: Path, seed: int) -> dict:
-        from .interpretation.judges import KeywordJudge, TfidfJudge, judge_labels
+        from .interpretation.judges import KeywordJudge, TfidfJudge, held_out_auroc, judge_labels
         from .interpretation.llm import LLMExplainer, LLMJudge
         spec, contexts = self.profile.interpretation, self.contexts(seed)
         features = label_candidates(contexts.features(), spec.features)
@@ -478,8 +477,8 @@ class Run:
         judged = judge_labels(contexts, labels, judge, q=spec.fdr, n_boot=self.profile.steering.bootstrap, also=also,
                               seed=seed)
         # the same sample by a judge that made no label: for words of a model, one that costs nothing
-        other = judge_labels(contexts, labels, TfidfJudge(self.vocabulary(seed)), n_boot=20, seed=seed)
-        judged["auroc_tfidf"] = other.auroc
+        other = TfidfJudge(self.vocabulary(seed))
+        judged["auroc_tfidf"] = [held_out_auroc(contexts, label, other, seed=seed) for label in labels]
         table = features.merge(judged, on="feature", how="left")
         write_atomic(folder / "labels.json", table.to_json(orient="records"))
         write_atomic(folder / "explanations.json", json.dumps([asdict(label) for label in labels]))
@@ -589,6 +588,12 @@ def benchmark_units(name: str, rows: list[dict]) -> pd.DataFrame:
                 "text": text, "prompt_text": row["prompt"], "concepts": tuple(truth[slot]) if truth else (),
             })
     return pd.DataFrame(lines)
+
+
+def conversations(units: pd.DataFrame) -> list[list[dict]]:
+    """The responses of ``benchmark_units`` as conversations of two turns."""
+    return [[{"role": "user", "content": prompt}, {"role": "assistant", "content": text}]
+            for prompt, text in zip(units.prompt_text, units.text, strict=True)]
 
 
 def join_scores(name: str, rows: list[dict], rewards: np.ndarray) -> list[dict]:

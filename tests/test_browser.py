@@ -14,7 +14,6 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
-import pandas as pd
 import pytest
 
 from sarmlib.browser import ORDERS, Browser, histogram, visible
@@ -24,7 +23,7 @@ from sarmlib.interpretation.contexts import Contexts
 from sarmlib.interpretation.explainers import KeywordExplainer, Label
 from sarmlib.interpretation.judges import KeywordJudge, judge_labels
 from tests.hostile import ALLOWED, PAYLOADS
-from tests.planted import APPLE, GOOD, SORRY, planted_world
+from tests.planted import APPLE, SORRY, planted_world
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 LINK = re.compile(r"(feature-\d+|pair-\d+|by-[a-z]+|index|pairs|skipped|about)\.html")
@@ -211,7 +210,12 @@ def test_a_page_says_what_the_tables_say(pages, browser, made):
     assert [unit["z"] for unit in found["near"]] == pytest.approx(np.sort(z[z > 0])[:4])
     fits = ["apple" in unit["text"] for unit in found["false_positives"]]
     assert all(fits) and fits and all(unit["z"] == 0 for unit in found["false_positives"])  # apple, feature silent
-    assert browser.feature(GOOD)["badge"] == "bad" or browser.feature(GOOD)["badge"] == ""
+    wanted = {True: ("good", "✓ reliable"), False: ("bad", "✗ not reliable")}
+    for feature, row in judged.set_index("feature").iterrows():
+        if row.auroc == row.auroc:
+            one = browser.summary(feature)
+            assert (one["badge"], one["badge_text"]) == wanted[row.reliable], feature
+    assert set(judged[judged.auroc.notna()].reliable) == {True, False}
     assert "✗ abstained" in "".join(pages.values())
 
 
@@ -365,4 +369,3 @@ def test_labels_that_a_person_or_a_model_made_need_no_judge(made):
     page = one.feature(APPLE)
     assert "chat model" in page["source"] and "self-grade 4 of 5" in page["source"]
     assert page["no_errors"] == "no judge given" and page["badge_text"] == "○ not scored"
-    assert isinstance(one.table, pd.DataFrame)

@@ -15,6 +15,7 @@ from sarmlib.interpretation.judges import (
     average_precision,
     balanced_accuracy,
     correlation,
+    held_out_auroc,
     held_out_sample,
     judge_labels,
     trivial_scores,
@@ -236,6 +237,15 @@ def test_other_negatives_are_reported_beside_the_first(world):
     assert table.loc[APPLE, "auroc_matched"] > 0.9 and table.loc[APPLE, "auroc_neighbour"] > 0.9
     wrong = judge_labels(contexts, [Label(APPLE, "", {"w3": 1.0})], judge, n_boot=50, also=("neighbour",)).iloc[0]
     assert wrong["auroc_neighbour"] < 0.65
+
+
+def test_one_auroc_without_the_rest_is_the_tables_own(world):
+    contexts, explainer, judge = world
+    labels = explainer.explain_all([APPLE, SORRY, 7])  # scored, too few positives, abstained
+    table = judge_labels(contexts, labels, judge, n_boot=20)
+    np.testing.assert_array_equal([held_out_auroc(contexts, one, judge) for one in labels], table["auroc"])
+    assert table["auroc"].isna().tolist() == [False, True, True]
+    assert [one.abstained for one in labels] == [False, False, True]
 
 
 def test_tfidf_reads_any_label(world):

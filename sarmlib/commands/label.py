@@ -4,31 +4,25 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from . import judge
+from . import browse, judge
 
 HELP = "label a finished run's features with a chat model; its labels and keyword labels meet the same held-out sample"
 
 
 def add_arguments(parser) -> None:
     judge.add_endpoint(parser)
-    parser.add_argument("--profile", default="toy", help="name of a profile or path of a YAML file, already run")
-    parser.add_argument("--runs", help="folder of all profiles' artifacts (default: runs)")
-    parser.add_argument("--data", help="your folder, for profiles whose sources are 'data'")
+    browse.add_run(parser)
     parser.add_argument("--features", type=int, default=40, help="features to label, largest contributions first")
     parser.add_argument("--self-grade", action="store_true", help="also ask for the paper's 1-5 rating; used nowhere")
 
 
 def run(arguments) -> None:
-    from ..artifacts import default_root
     from ..errors import ConfigError
-    from ..stages import Run
     if arguments.features < 1:
         raise ConfigError(f"--features {arguments.features}: at least 1 is needed")
-    root = Path(arguments.runs) / Path(arguments.profile).stem if arguments.runs else None
-    found = Run(arguments.profile, data=arguments.data, root=root or default_root(Path(arguments.profile).stem))
-    found.store.read_only = True
+    found, seed = browse.open_run(arguments)
     spec = found.profile.interpretation
-    label_all(found.contexts(found.profile.seed), arguments, spec.permutations, spec.top_keywords)
+    label_all(found.contexts(seed), arguments, spec.permutations, spec.top_keywords)
 
 
 def label_all(contexts, arguments, permutations: int, top: int) -> None:

@@ -94,7 +94,12 @@ def _auroc_known(score, positive: np.ndarray) -> float:
     return _auroc(score[known], positive[known])
 
 
-def _auroc_against(contexts, label, judge, negatives: str, n: int, seed: int) -> float:
+def held_out_auroc(contexts: Contexts, label: Label, judge: Judge, *, negatives="random", n_per_class=100,
+                   seed=0) -> float:
+    """The AUROC of `judge_labels` alone, without its bootstrap and null; NaN where that table has no score."""
+    if label.abstained:
+        return float("nan")
+    n = n_per_class
     rows, positive = held_out_sample(contexts, label.feature, negatives=negatives, n_pos=n, n_neg=n, seed=seed)
     if min(positive.sum(), (~positive).sum()) < MIN_POSITIVES:
         return float("nan")
@@ -246,7 +251,8 @@ def judge_labels(contexts: Contexts, labels: list[Label], judge: Judge, *, n_boo
             "correlation_z": correlation(score, z[rows][judged], positive, share),
             "null_95": float(np.quantile(null, 0.95)), "p_value": float((1 + (null >= value).sum()) / (1 + n_boot)),
             "auroc_other_label": _auroc_known(judge.score(other, units), positive) if other else np.nan,
-            **{f"auroc_{kind}": _auroc_against(contexts, label, judge, kind, n_per_class, seed) for kind in also},
+            **{f"auroc_{kind}": held_out_auroc(contexts, label, judge, negatives=kind, n_per_class=n_per_class,
+                                               seed=seed) for kind in also},
             **{f"auroc_{name}": v for name, v in trivial_auroc.items()}, "best_trivial": best,
             "lift": value - trivial_auroc[best], "lift_lo": np.nanpercentile(spread - boot(trivial[best]), tail)}
     columns = ["feature", "label", "n_pos", "n_neg", "auroc", "auroc_lo", "auroc_hi", "balanced_accuracy", "prevalence",
