@@ -8,7 +8,6 @@ SHELL := /bin/bash
 
 PROFILE ?= toy
 DATA ?=
-REPO ?=
 RUNS ?= runs
 # python3.11 first: the lock was tested with it. Any newer Python is taken when 3.11 is absent.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))) python3)
@@ -26,10 +25,10 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The kernel of .venv, even where a user-level kernel has the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup reproduce test notebooks figures report backbone badges verify lock clean distclean
+.PHONY: help setup reproduce test notebooks figures report backbone verify lock clean distclean
 
 help:  ## show this list
-	@echo "usage: make <target> [PROFILE=toy|local|gpu|paper-2b|paper-3b|paper-4b|released] [DATA=folder]"
+	@echo "usage: make <target> [PROFILE=toy|smollm2|local|gpu|paper-2b|paper-3b|paper-4b|released] [DATA=folder]"
 	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-11s %s\n", $$1, $$2}'
 
 # The package itself goes in without build isolation (setuptools comes with the lock) and without
@@ -64,23 +63,20 @@ notebooks: $(STAMP)  ## refresh the committed notebook outputs (toy profile)
 figures: $(STAMP)  ## redraw the figures from the results of the last run (no training)
 	$(PY) -m sarmlib figures --profile $(PROFILE) --runs $(RUNS)
 
-report: $(STAMP)  ## write the claims table of the last run
-	$(PY) -m sarmlib report --profile $(PROFILE) --runs $(RUNS)
+report: $(STAMP)  ## write the tables of the last run to results/, and the toy profile's into the README
+	$(PY) tools/readme_tables.py --profile $(PROFILE) --runs $(RUNS)
 
 backbone: $(STAMP)  ## pretrain the shipped toy backbone again
-	$(PY) -m sarmlib backbone
-
-badges: $(STAMP)  ## write Colab and Jupyter links: make badges REPO=owner/name
-	@test -n "$(REPO)" || { echo "error: make badges REPO=owner/name" >&2; exit 1; }
-	$(PY) -m sarmlib badges --repo "$(REPO)"
+	$(PY) tools/backbone.py
 
 verify: $(STAMP)  ## which claims hold in the last run, and whether every stored artifact is whole
 	$(PY) -m sarmlib verify --profile $(PROFILE) --runs $(RUNS)
 
 # Packages of CUDA are left out of the lock: the ordinary Linux wheel of torch names its own exact versions, and
-# a CPU wheel needs none of them.
+# a CPU wheel needs none of them. Versions that still fit stay: the numbers here were measured with them.
 lock:  ## pin requirements.lock again from pyproject.toml (needs uv)
 	@uv=$$(command -v uv || ls $(VENV)/bin/uv 2>/dev/null) || { echo "error: uv is needed for make lock" >&2; exit 1; }; \
+	cp requirements.lock requirements.lock.tmp; \
 	"$$uv" pip compile pyproject.toml --quiet --universal --python-version 3.11 --extra notebooks --extra dev \
 	  --no-header --no-annotate --no-emit-index-url --no-emit-find-links --output-file requirements.lock.tmp; \
 	{ echo "# Written by 'make lock' from pyproject.toml (extras notebooks, dev); do not edit."; \

@@ -9,10 +9,10 @@ import sys
 
 import numpy as np
 
-from sarmlib import analysis
+from sarmlib import results
 from sarmlib.claims import load_claims
+from sarmlib.pipeline import Run
 from sarmlib.profiles import load_profile
-from sarmlib.stages import Run
 
 RIVALS = {"C11": "scalar_full", "C12": "random_encoder", "C13": "token_sae"}
 RANGES = {"C1": (0, np.inf), "C5": (0, 1), "C6": (0, 1), "C7": (0, 1)}
@@ -22,15 +22,15 @@ def per_seed(run: Run) -> dict[str, list[float]]:
     """Claim id -> its value for each seed of the run."""
     values: dict[str, list[float]] = {}
     for seed in run.profile.seeds:
-        shift_t, shift_c = analysis.steering(run, seed).shifts()
+        shift_t, shift_c = results.steering(run, seed).shifts()
         for claim, value in {
-            "C1": run.sae("sentence_end", seed).meta["fvu"], "C5": analysis.pair_accuracy(run, "sarm", seed),
-            "C6": analysis.weight_preference_auroc(run.contexts(seed).features()),
-            "C7": analysis.label_score(run, seed), "C9": shift_t, "C10": shift_t - shift_c,
+            "C1": run.sae("sentence_end", seed).meta["fvu"], "C5": results.pair_accuracy(run, "sarm", seed),
+            "C6": results.weight_preference_auroc(run.contexts(seed).features()),
+            "C7": results.label_score(run, seed), "C9": shift_t, "C10": shift_t - shift_c,
         }.items():
             values.setdefault(claim, []).append(value)
     for claim, rival in RIVALS.items():
-        (ours, strata), (theirs, _) = (analysis.units(run, name, "rewardbench2") for name in ("sarm", rival))
+        (ours, strata), (theirs, _) = (results.units(run, name, "rewardbench2") for name in ("sarm", rival))
         groups = [np.array(strata) == name for name in dict.fromkeys(strata)]
         values[claim] = [float(np.mean([row[group].mean() for group in groups])) for row in ours - theirs]
     return values
@@ -50,7 +50,7 @@ def main(seeds: list[int]) -> None:
         low, high = RANGES.get(claim, (-np.inf, np.inf))
         mean = float(np.mean(values))
         half = max(4 * np.std(values, ddof=1) / np.sqrt(3), 0.1 * abs(mean))
-        interval = analysis.seed_interval(values, low, high)
+        interval = results.seed_interval(values, low, high)
         print(f"| {claim} {titles[claim].title} | " + " | ".join(f"{value:.4f}" for value in values)
               + f" | {mean:.4f} [{interval.low:.4f}, {interval.high:.4f}] "
               f"| {max(low, mean - half):.4f} .. {min(high, mean + half):.4f} |")

@@ -1,4 +1,4 @@
-"""Feature browser: seconds and megabytes for 500 pages, on a set as large as RM-Bench with as many live features.
+"""Feature browser: seconds and megabytes, on a set as large as RM-Bench with as many live features.
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/browser.py
 
@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 import pandas as pd
 from scipy import sparse
 
-from sarmlib.browser import Browser
+from sarmlib.browser import write_browser
 from sarmlib.interpretation.contexts import Contexts
 from sarmlib.interpretation.explainers import KeywordExplainer
 from sarmlib.interpretation.judges import KeywordJudge, judge_labels
@@ -31,8 +30,8 @@ def world(n_prompts: int = 1327, n_features: int = 65_536, live: int = 564, k: i
         domain = ("chat", "code", "math", "safety-refuse", "safety-response")[p % 5]
         for r in range(6):
             text = " ".join(rng.choice(words, 190))
-            rows.append((f"p{p}", f"p{p}/{r}", domain, "chosen" if r < 3 else "rejected", 190, text,
-                         f"prompt {p} {text}"))
+            label = "chosen" if r < 3 else "rejected"
+            rows.append((f"p{p}", f"p{p}/{r}", domain, label, 190, text, f"prompt {p} {text}"))
     index = pd.DataFrame(rows, columns=["prompt_id", "response_id", "domain", "label", "length", "text", "prompt_text"])
     columns = rng.choice(n_features, live, replace=False)
     weight = rng.dirichlet(np.full(live, 0.5))
@@ -46,23 +45,18 @@ def world(n_prompts: int = 1327, n_features: int = 65_536, live: int = 564, k: i
 
 def main() -> None:
     """Label, write, measure."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--features", type=int, default=500)
-    parser.add_argument("--labels", type=int, default=100)
-    arguments = parser.parse_args()
     contexts = world()
     explainer = KeywordExplainer(contexts, permutations=20)
     features = contexts.features()
-    features = features[features.kind == "usual"].sort_values("contribution_sd").feature.tail(arguments.labels)
-    labels, judge = explainer.explain_all(features), KeywordJudge(explainer.vocabulary)
-    judged = judge_labels(contexts, labels, judge, n_boot=50)
+    features = features[features.kind == "usual"].sort_values("contribution_sd").feature.tail(100)
+    labels = explainer.explain_all(features)
+    judged = judge_labels(contexts, labels, KeywordJudge(explainer.vocabulary), n_boot=50)
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
-        decoder = np.random.default_rng(0).normal(size=(contexts.z.shape[1], 64))
-        made = Browser(contexts, labels, judged, judge, decoder=decoder, n_features=arguments.features).write(
-            Path(folder) / "pages")
+        write_browser(Path(folder) / "pages", contexts, labels, judged)
         seconds = time.perf_counter() - start
-    print(f"{made['features']} features, {made['files']} files, {made['bytes'] / 1e6:.1f} MB, {seconds:.1f} s")
+        sizes = [file.stat().st_size for file in (Path(folder) / "pages").iterdir()]
+    print(f"{len(sizes)} files, {sum(sizes) / 1e6:.1f} MB, {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ The loop does what the official pipeline does for each text: tokenizer call, loo
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import tempfile
 import time
@@ -17,21 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from table2 import machine
 from transformers import AutoConfig, LlamaForSequenceClassification
-from variants import machine
 
 from sarmlib.backbone import load_tokenizer
+from sarmlib.data.toyworld import BACKBONE_DIR
 from sarmlib.data.toyworld.datasets import rewardbench2
-from sarmlib.data.toyworld.pretrain import BACKBONE_DIR
-from sarmlib.evaluation import evaluate
+from sarmlib.evaluation.scorer import Scorer, answers, evaluate, prepared
 
 
 @torch.no_grad()
-def one_by_one(scorer: evaluate.Scorer, rows: list[dict]) -> list[float]:
+def one_by_one(scorer: Scorer, rows: list[dict]) -> list[float]:
     """Render, tokenize and score one text at a time."""
     out = []
     for row in rows:
-        for answer in evaluate.answers(row):
+        for answer in answers(row):
             talk = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": answer}]
             text = scorer.tokenizer.apply_chat_template(talk, tokenize=False)
             batch = scorer.tokenizer([text], return_tensors="pt", truncation=True, padding=True, max_length=256)
@@ -55,20 +56,20 @@ def main() -> None:
     config = AutoConfig.from_pretrained(BACKBONE_DIR, num_labels=1)
     model = LlamaForSequenceClassification(config).float()
     torch.nn.init.normal_(model.score.weight)
-    scorer = evaluate.prepared(model, load_tokenizer(BACKBONE_DIR), BACKBONE_DIR)
+    scorer = prepared(model, load_tokenizer(BACKBONE_DIR), BACKBONE_DIR)
     rows = rewardbench2(arguments.prompts // 5, 0, ties=0)
     one_by_one(scorer, rows[:20])  # warm up
     ours, theirs = [], []
     for number in range(arguments.rounds):
         with tempfile.TemporaryDirectory() as folder:
             start = time.perf_counter()
-            evaluate.evaluate(scorer, {"rewardbench2": rows}, folder)
+            evaluate(scorer, {"rewardbench2": rows}, folder)
             ours.append(time.perf_counter() - start)
             start = time.perf_counter()
             slow = one_by_one(scorer, rows)
             theirs.append(time.perf_counter() - start)
-            done = evaluate.resume(Path(folder) / "scores.jsonl", {})
-            fast = [done["rewardbench2", i, slot] for i in range(len(rows)) for slot in range(4)]
+            written = map(json.loads, (Path(folder) / "scores.jsonl").read_text().splitlines()[1:])
+            fast = [line["score"] for line in sorted(written, key=lambda line: (line["row"], line["slot"]))]
         gap = float(np.abs(np.subtract(fast, slow)).max())
         assert gap < 1e-4, gap
         print(f"round {number}: evaluate {ours[-1]:.2f} s, one by one {theirs[-1]:.2f} s, ratio "

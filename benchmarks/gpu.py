@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModel, LlamaConfig
 
 from sarmlib.backbone import cut_config, strip_final_norm
-from sarmlib.sae.model import TopKSAE
+from sarmlib.sae.topk import TopKSAE
 from sarmlib.sae.training import SAETrainConfig, _Trainer
 
 
@@ -43,8 +43,8 @@ def sae_step(d: int, m: int, k: int, batch: int, device: torch.device, repeats: 
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     sae = TopKSAE(d, m, k).to(device)
-    config = SAETrainConfig(batch_size=batch, matmul_dtype="bfloat16", b_pre_init="mean", log_every=10**9)
-    trainer = _Trainer(sae, config, None, None)
+    config = SAETrainConfig(batch_size=batch, matmul_dtype="bfloat16", log_every=10**9)
+    trainer = _Trainer(sae, config)
     step = seconds(lambda: trainer.train_step(x), device, repeats)
     rate = 2 * batch * d * m / product
     print(f"SAE step, d {d} M {m} k {k} batch {batch}, bf16 product, fp32 weights:\n"

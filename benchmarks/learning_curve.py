@@ -9,24 +9,17 @@ taken from table2.jsonl where that run is there.
 
 from __future__ import annotations
 
-import argparse
 from collections import Counter
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
-import torch
-from table2 import interval_of, values
-from variants import NAMES, append, machine, measure, read, train
+from table2 import MEASURES, NAMES, append, arguments, gap_of, machine, measure, read, seed_means, train, values
 
-from sarmlib import figures, figures_rq3
-from sarmlib.evaluation.statistics import seeds_ci, verdict
+from sarmlib import figures
+from sarmlib.evaluation.statistics import seeds_ci
+from sarmlib.pipeline import Run
 from sarmlib.profiles import load_profile
-from sarmlib.stages import Run
 
-HERE = Path(__file__).parent
 SHOWN = ("sarm", "token_sae", "random_encoder", "scalar_half", "scalar_full")
-MEASURES = ("rewardbench2", "pairs")
 STEPS = 24
 ITEMS = 60
 """Rows per RewardBench 2 subset that are scored (the first ones), so that a curve costs minutes."""
@@ -52,18 +45,22 @@ def summary(lines: list[dict], seeds: list[int]) -> pd.DataFrame:
         part = [line for line in lines if line["n"] == n]
         for name in MEASURES:
             ours, strata = values(part, "sarm", name, seeds)
-            groups = [np.array(strata) == one for one in dict.fromkeys(strata)]
             for variant in SHOWN:
                 theirs, _ = values(part, variant, name, seeds)
-                mean = seeds_ci([float(np.mean([row[g].mean() for g in groups])) for row in theirs])
+                mean = seeds_ci(seed_means(theirs, strata))
                 row = {"pairs": n, "variant": variant, "measure": name, "value": mean.estimate, "low": mean.low,
                        "high": mean.high, "seeds": len(seeds)}
-                if variant != "sarm":
-                    gap = interval_of(name, ours - theirs, strata)
-                    row |= {"sarm_minus": gap.estimate, "gap_low": gap.low, "gap_high": gap.high,
-                            "sarm_better": verdict(gap, 0.0, ">")}
-                rows.append(row)
+                rows.append(row if variant == "sarm" else row | gap_of(name, ours, theirs, strata))
     return pd.DataFrame(rows)
+
+
+def cell(row: dict) -> str:
+    """One score, with SARM minus it in brackets; bold where the interval leaves zero out."""
+    text = f"{100 * row['value']:.1f}"
+    if row["variant"] == "sarm":
+        return text
+    gap = f"[{100 * row['sarm_minus']:+.1f}: {100 * row['gap_low']:+.1f}, {100 * row['gap_high']:+.1f}]"
+    return f"{text} **{gap}**" if row["gap_low"] > 0 or row["gap_high"] < 0 else f"{text} {gap}"
 
 
 def markdown(table: pd.DataFrame, command: str) -> str:
@@ -77,48 +74,31 @@ def markdown(table: pd.DataFrame, command: str) -> str:
         lines += [f"\n## {name}\n", "| variant | " + " | ".join(f"{n} pairs" for n in sizes) + " |",
                   "|---" * (len(sizes) + 1) + "|"]
         for variant in SHOWN:
-            cells = []
-            for row in part[part.variant == variant].sort_values("pairs").to_dict("records"):
-                cell = f"{100 * row['value']:.1f}"
-                if variant != "sarm":
-                    gap = f"[{100 * row['sarm_minus']:+.1f}: {100 * row['gap_low']:+.1f}, {100 * row['gap_high']:+.1f}]"
-                    cell += f" **{gap}**" if row["gap_low"] > 0 or row["gap_high"] < 0 else f" {gap}"
-                cells.append(cell)
-            lines.append(f"| {NAMES[variant]} | " + " | ".join(cells) + " |")
+            rows = part[part.variant == variant].sort_values("pairs").to_dict("records")
+            lines.append(f"| {NAMES[variant]} | " + " | ".join(map(cell, rows)) + " |")
     return "\n".join(lines) + "\n"
 
 
 def main() -> None:
     """Train what is missing, then write the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", type=int, nargs="+", default=[48, 192, 96])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--lines", type=Path, default=HERE.parent / "runs/long/learning_curve.jsonl")
-    parser.add_argument("--out", type=Path, default=HERE)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    run = Run(load_profile("toy", seeds=arguments.seeds), progress=False)
-    rows = {"rewardbench2": first_rows(run.benchmark_rows()["rewardbench2"])}
-    jobs = [{"variant": v, "seed": s, "n": n} for n in arguments.pairs for s in arguments.seeds for v in SHOWN]
-    lines = append(arguments.lines, jobs, lambda job: measure(
-        run, train(run, job["variant"], job["seed"], job["n"], STEPS), run.pairs(job["seed"])["eval"], rows))
-    table2 = read(arguments.lines.with_name("table2.jsonl"))
+    given = arguments(__doc__, "learning_curve", [0, 1, 2, 3, 4], [48, 192, 96])
+    run = Run(load_profile("toy", seeds=given.seeds), progress=False)
+    rows = first_rows(run.benchmark_rows()["rewardbench2"])
+    jobs = [{"variant": v, "seed": s, "n": n} for n in given.pairs for s in given.seeds for v in SHOWN]
+    lines = append(given.lines, jobs, lambda job: measure(
+        run, train(run, job["variant"], job["seed"], job["n"], STEPS), job["seed"], rows))
     full = [{**line, "n": run.profile.preferences.train_pairs, "rewardbench2": first_units(line["rewardbench2"])}
-            for line in table2
-            if line["variant"] in SHOWN and line["seed"] in arguments.seeds]
-    if len(full) == len(SHOWN) * len(arguments.seeds):
+            for line in read(given.lines.with_name("table2.jsonl"))
+            if line["variant"] in SHOWN and line["seed"] in given.seeds]
+    if len(full) == len(SHOWN) * len(given.seeds):
         lines = [*lines, *full]
-    table = summary(lines, arguments.seeds)
-    table.to_csv(arguments.out / "learning_curve.csv", index=False, float_format="%.5f")
-    command = (f"python benchmarks/learning_curve.py --pairs {' '.join(map(str, arguments.pairs))} "
-               f"--seeds {' '.join(map(str, arguments.seeds))}")
-    data = table[table.measure == "rewardbench2"]
-    data = pd.DataFrame({"variant": [NAMES[v] for v in data.variant], "pairs": data.pairs, "value": 100 * data.value,
-                         "lo": 100 * data.low.clip(lower=0), "hi": 100 * data.high.clip(upper=1)})
-    fig = figures_rq3.learning_curve(data, "Data efficiency (toy world)", ylabel="RewardBench 2 overall (%)")
-    figures.save_figure(fig, "learning_curve", arguments.out / "figures", data, "Score against training pairs, "
-                        f"mean and 95 % t interval over seeds {arguments.seeds}.", "toy")
-    (arguments.out / "learning_curve.md").write_text(markdown(table, command))
+    table = summary(lines, given.seeds)
+    table.to_csv(given.out / "learning_curve.csv", index=False, float_format="%.5f")
+    part = table[table.measure == "rewardbench2"]
+    data = pd.DataFrame({"variant": [NAMES[v] for v in part.variant], "pairs": part.pairs, "value": 100 * part.value,
+                         "lo": 100 * part.low.clip(lower=0), "hi": 100 * part.high.clip(upper=1)})
+    figures.save(figures.learning_curve(data), data, "learning_curve", given.out / "figures", "toy")
+    (given.out / "learning_curve.md").write_text(markdown(table, given.command))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import time
 import torch
 
 from sarmlib.sae.kernels import topk_autoencode
-from sarmlib.sae.model import TopKSAE, normalized_mse
+from sarmlib.sae.topk import TopKSAE, normalized_mse
 
 SIZES = {"A": (512, 8192, 24, 1024), "B": (256, 4096, 12, 4096), "toy": (128, 2048, 6, 512)}
 
@@ -29,8 +29,7 @@ def make(size: tuple[int, int, int, int]) -> dict:
 
     def sparse_step():
         adams[0].zero_grad()
-        x_hat = topk_autoencode(x, ours.W_enc, ours.b_pre, ours.b_enc, ours.W_dec, k, True, workspace=buffer,
-                                tangent=True)[0]
+        x_hat = topk_autoencode(x, ours.W_enc, ours.b_pre, ours.b_enc, ours.W_dec, k, True, workspace=buffer)[0]
         normalized_mse(x_hat, x).backward()
         adams[0].step()
 

@@ -7,7 +7,7 @@ Random Llama of hidden 256 and 8 layers (the Llama-3 proportions), cut at 4; M =
 rounds' ratios.  Memory is the growth of the peak resident set (VmHWM, reset after one short warm-up) of a fresh process
 that scores four batches, one process for each contestant; Linux only.  Contestants that should give the same rewards
 are checked to.  Best of 4: answers of 32 to 64 tokens to prompts of three lengths, with the prompt's tokens computed
-once (`evaluation.prefix`) and without.
+once and without.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ import time
 from pathlib import Path
 
 import torch
+from table2 import machine
 from transformers import AutoModel, LlamaConfig
-from variants import machine
 
 from sarmlib.backbone import cut_config, strip_final_norm
 from sarmlib.chat import collate, reward_position
-from sarmlib.evaluation.prefix import score_with_shared_prefix
-from sarmlib.evaluation.scoring import score_token_ids
-from sarmlib.sae.model import TopKSAE
+from sarmlib.evaluation import scorer
+from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
 
 D, LAYERS, CUT, M, K, T, BATCH = 256, 8, 4, 16384, 12, 256, 8
@@ -151,15 +150,15 @@ def best_of_4(rounds: int, prompts: int = 16) -> None:
             prompt = torch.randint(6, 1000, (length,), generator=rng).tolist()
             sizes = torch.randint(32, 65, (4,), generator=rng).tolist()
             texts += [prompt + torch.randint(6, 1000, (size,), generator=rng).tolist() for size in sizes]
-        forms = {"each": lambda texts=texts: score_token_ids(model, texts)[0],
-                 "shared": lambda texts=texts: score_with_shared_prefix(model, texts)[0]}
-        times, found = {name: [] for name in forms}, {}
+        times, found = {"each": [], "shared": []}, {}
         for number in range(rounds + 1):
-            for name, form in forms.items():
+            for name in times:
+                scorer._SHARES[model] = name == "shared"
                 start = time.process_time()
-                found[name] = form()
+                found[name] = scorer.score_ids(model, texts)[0]
                 if number:
                     times[name].append(time.process_time() - start)
+        assert scorer._probe(model), "the model could not share"
         gap = abs(found["each"] - found["shared"]).max() / abs(found["each"]).max()
         assert gap < 1e-5, gap
         gain = statistics.median(a / b for a, b in zip(times["each"], times["shared"], strict=True))

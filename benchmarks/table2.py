@@ -2,28 +2,155 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python benchmarks/table2.py --seeds 0 1 2 3 4
 
-Writes runs/long/table2.jsonl (one line per model, resumable) and the summaries benchmarks/table2.csv, table2.md.
+Every model is trained by the profile's recipe (`pipeline.train_reward`) and scored on the toy benchmark and on held-out
+pairs.  Writes runs/long/table2.jsonl (one line per model; a killed run goes on), benchmarks/table2.csv and table2.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import platform
+import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
-from variants import NAMES, append, machine, measure, train
 
-from sarmlib import figures, figures_rq3
-from sarmlib.evaluation import published
+from sarmlib import figures, pipeline
+from sarmlib.evaluation import rewardbench2
+from sarmlib.evaluation.scorer import score, score_rows
 from sarmlib.evaluation.statistics import holm, seeds_and_prompts_ci, seeds_ci, verdict
 from sarmlib.profiles import load_profile
-from sarmlib.stages import Run
+from sarmlib.sae.topk import TopKSAE
+from sarmlib.sarm.model import SarmForSequenceClassification
 
 HERE = Path(__file__).parent
+NAMES = {
+    "sarm": "SARM", "token_sae": "token-level SAE", "random_encoder": "random encoder",
+    "scalar_half": "scalar, half depth", "scalar_full": "scalar, full depth",
+    "no_topk": "head on all activations, no TopK", "trained_sae": "SAE trained with the reward",
+    "released_recipe": "SAE trained, no TopK (released recipe)", "neuron_basis": "TopK of the state's coordinates",
+}
 MEASURES = ("rewardbench2", "pairs")
 """RM-Bench is left out: at this scale every variant scores 96 to 99 % there (notebook 05)."""
+
+
+# -- one model ---------------------------------------------------------------------------------------------------
+
+
+def neuron_basis(d: int, k: int) -> TopKSAE:
+    """An encoder whose features are the state's coordinates, each with both signs: M = 2 d."""
+    sae = TopKSAE(d, 2 * d, k)
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.cat([torch.eye(d), -torch.eye(d)]))
+        sae.W_dec.copy_(sae.W_enc)
+        sae.b_pre.zero_()
+    return sae
+
+
+def build(run: pipeline.Run, variant: str, seed: int):
+    """An untrained model of a variant."""
+    shape, path = run.shape, run.backbone_path
+    if variant in ("no_topk", "trained_sae", "released_recipe"):
+        return SarmForSequenceClassification.from_backbone_and_sae(
+            path, run.load_sae("sentence_end", seed), shape["layer"], topk=variant == "trained_sae",
+            frozen_sae=variant == "no_topk")
+    if variant == "neuron_basis":
+        return SarmForSequenceClassification.from_backbone_and_sae(
+            path, neuron_basis(shape["d_model"], shape["k"]), shape["layer"])
+    rule = pipeline.SAE_OF_VARIANT.get(variant)
+    return pipeline.untrained(variant, path, layer=shape["layer"], n_layers=shape["n_layers"], k=shape["k"],
+                              sae=run.load_sae(rule, seed) if rule else None, n_features=shape["n_features"], seed=seed)
+
+
+def train(run: pipeline.Run, variant: str, seed: int, n: int | None = None, steps: int = 0):
+    """The variant trained on the first ``n`` pairs of ``seed``: the profile's epochs, but at least ``steps`` steps."""
+    spec, pairs = run.profile.reward, run.pairs(seed)["train"][:n]
+    epochs = max(spec.epochs, steps / max(1, len(pairs) // spec.batch_size))
+    spec = spec.model_copy(update={"epochs": epochs, "batch_size": min(spec.batch_size, len(pairs))})
+    model = build(run, variant, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        pipeline.train_reward(spec, model, run.tokenizer, {"train": pairs, "eval": []}, Path(folder),
+                              max_length=run.profile.preferences.max_length, seed=seed)
+    return model.eval()
+
+
+def pair_credit(run: pipeline.Run, model, pairs: list[dict]) -> list[float]:
+    """1, 0 or a half (equal rewards) per held-out pair."""
+    talks = [[*pair["prompt"], {"role": "assistant", "content": pair[side]}]
+             for side in ("chosen", "rejected") for pair in pairs]
+    rewards = score(model, run.tokenizer, talks).rewards
+    margin = rewards[:len(pairs)] - rewards[len(pairs):]
+    return ((margin > 0) + 0.5 * (margin == 0)).tolist()
+
+
+def measure(run: pipeline.Run, model, seed: int, rows: list[dict]) -> dict:
+    """``{"pairs": [credit], "rewardbench2": [[subset, value]]}``."""
+    groups, _ = score_rows(model, run.tokenizer, rows)
+    scored = [{**row, "scores": group} for row, group in zip(rows, groups, strict=True)]
+    units = [[part, round(value, 5)] for part, _, value in rewardbench2.units(scored)]
+    return {"pairs": pair_credit(run, model, run.pairs(seed)["eval"]), "rewardbench2": units}
+
+
+# -- many models -------------------------------------------------------------------------------------------------
+
+
+def append(path: Path, jobs: list[dict], work) -> list[dict]:
+    """Do every job that ``path`` does not hold yet; each line is the job and what ``work(job)`` returned."""
+    done = read(path)
+    known = [{name: line[name] for name in jobs[0]} for line in done]
+    for job in jobs:
+        if job in known:
+            continue
+        start = time.time()
+        line = {**job, **work(job), "seconds": round(time.time() - start, 1)}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        done.append(line)
+        print(job, f"{np.mean(line['pairs']):.4f}", line["seconds"], flush=True)
+    return done
+
+
+def read(path: Path) -> list[dict]:
+    """The finished jobs of a results file; a line torn by a kill is left out (and its job done again)."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+        try:
+            lines.append(json.loads(text))
+        except ValueError:
+            pass
+    return lines
+
+
+def machine() -> str:
+    """Processor, cores and platform, for the head of a results file."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    names = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return (f"{names[0] if names else platform.processor()}, {os.cpu_count()} logical processors, one thread used; "
+            f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}")
+
+
+def arguments(doc: str, name: str, seeds: list[int], pairs: list[int] | None = None) -> argparse.Namespace:
+    """Options of the long runs, one thread, and the command as it stands in a results file."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
+    if pairs:
+        parser.add_argument("--pairs", type=int, nargs="+", default=pairs)
+    parser.add_argument("--lines", type=Path, default=HERE.parent / f"runs/long/{name}.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE)
+    given = parser.parse_args()
+    given.command = f"python benchmarks/{name}.py"
+    for option in ("pairs", "seeds"):
+        if option in given:
+            given.command += f" --{option} {' '.join(map(str, getattr(given, option)))}"
+    torch.set_num_threads(1)
+    return given
 
 
 def values(lines: list[dict], variant: str, name: str, seeds: list[int]) -> tuple[np.ndarray, list[str]]:
@@ -34,31 +161,10 @@ def values(lines: list[dict], variant: str, name: str, seeds: list[int]) -> tupl
     return np.array([[v for _, v in chosen[s]] for s in seeds]), [part for part, _ in chosen[seeds[0]]]
 
 
-def summary(lines: list[dict], seeds: list[int]) -> pd.DataFrame:
-    """One row per variant and measure: mean, SARM minus it with the 95 % interval, verdict, Holm's p, seed values."""
-    rows = []
-    for name in MEASURES:
-        ours, strata = values(lines, "sarm", name, seeds)
-        groups = [np.array(strata) == part for part in dict.fromkeys(strata)]
-
-        def mean(one, groups=groups):
-            return [float(np.mean([row[g].mean() for g in groups])) for row in one]
-        part = []
-        for variant in NAMES:
-            theirs, _ = values(lines, variant, name, seeds)
-            interval = interval_of(name, theirs, strata)
-            row = {"measure": name, "variant": variant, "value": interval.estimate, "low": interval.low,
-                   "high": interval.high, **{f"seed_{s}": v for s, v in zip(seeds, mean(theirs), strict=True)}}
-            if variant != "sarm":
-                gap = interval_of(name, ours - theirs, strata)
-                row |= {"sarm_minus": gap.estimate, "gap_low": gap.low, "gap_high": gap.high,
-                        "sarm_better": verdict(gap, 0.0, ">"), "p": p_value(mean(ours - theirs))}
-            part.append(row)
-        adjusted = holm([row["p"] for row in part[1:]])
-        for row, p in zip(part[1:], adjusted, strict=True):
-            row["p_holm"] = p
-        rows += part
-    return pd.DataFrame(rows)
+def seed_means(matrix: np.ndarray, strata: list[str]) -> list[float]:
+    """Each seed's mean over subsets of the mean over units."""
+    groups = [np.array(strata) == part for part in dict.fromkeys(strata)]
+    return [float(np.mean([row[group].mean() for group in groups])) for row in matrix]
 
 
 def interval_of(name: str, matrix: np.ndarray, strata: list[str]):
@@ -67,73 +173,79 @@ def interval_of(name: str, matrix: np.ndarray, strata: list[str]):
     return seeds_ci(matrix.mean(1)) if name == "pairs" else seeds_and_prompts_ci(matrix, strata=strata)
 
 
+def gap_of(name: str, ours: np.ndarray, theirs: np.ndarray, strata: list[str]) -> dict:
+    """SARM minus a variant, with its interval and the verdict."""
+    gap = interval_of(name, ours - theirs, strata)
+    return {"sarm_minus": gap.estimate, "gap_low": gap.low, "gap_high": gap.high, "sarm_better": verdict(gap, 0.0, ">")}
+
+
 def p_value(per_seed: list[float]) -> float:
     """Two-sided t test of the seeds' differences (1 when they are all zero)."""
     from scipy.stats import ttest_1samp
     return 1.0 if not np.any(per_seed) else float(ttest_1samp(per_seed, 0.0).pvalue)
 
 
+def summary(lines: list[dict], seeds: list[int]) -> pd.DataFrame:
+    """One row per variant and measure: mean, SARM minus it with the 95 % interval, verdict, Holm's p, seed values."""
+    rows = []
+    for name in MEASURES:
+        ours, strata = values(lines, "sarm", name, seeds)
+        part = []
+        for variant in NAMES:
+            theirs, _ = values(lines, variant, name, seeds)
+            interval, means = interval_of(name, theirs, strata), seed_means(theirs, strata)
+            row = {"measure": name, "variant": variant, "value": interval.estimate, "low": interval.low,
+                   "high": interval.high, **{f"seed_{s}": v for s, v in zip(seeds, means, strict=True)}}
+            if variant != "sarm":
+                row |= gap_of(name, ours, theirs, strata) | {"p": p_value(seed_means(ours - theirs, strata))}
+            part.append(row)
+        for row, p in zip(part[1:], holm([row["p"] for row in part[1:]]), strict=True):
+            row["p_holm"] = p
+        rows += part
+    return pd.DataFrame(rows)
+
+
+def percent(value: float, low: float, high: float, sign: str = "") -> str:
+    """"value [low, high]" in percent."""
+    return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
+
+
 def markdown(table: pd.DataFrame, seeds: list[int], command: str) -> str:
     """The results as they stand in benchmarks/table2.md."""
     lines = ["# Table 2 in the toy world\n", f"`{command}`; {machine()}.\n",
              f"Seeds {', '.join(map(str, seeds))}: each has its own pairs, label noise, SAE and data order. Percent; "
-             "intervals 95 % over seeds and prompts, "
-             "not adjusted for their number; p: t test over seeds, Holm over the variants of a measure.\n"]
+             "intervals 95 % over seeds and prompts, not adjusted for their number; p: t test over seeds, Holm over "
+             "the variants of a measure.\n"]
     for name in MEASURES:
         lines += [f"\n## {name}\n", "| variant | score | SARM minus it | SARM better? | p (Holm) | seeds |",
-                  "|---|---|---|---|---|---|"]
+                  "|---" * 6 + "|"]
         for row in table[table.measure == name].to_dict("records"):
-            gap = "–" if row["variant"] == "sarm" else (f"{100 * row['sarm_minus']:+.2f} [{100 * row['gap_low']:+.2f}, "
-                                                        f"{100 * row['gap_high']:+.2f}]")
-            judged = "–" if row["variant"] == "sarm" else row["sarm_better"]
-            p = "–" if row["variant"] == "sarm" else f"{row['p_holm']:.2f}"
+            cells = ["–"] * 3
+            if row["variant"] != "sarm":
+                cells = [percent(row["sarm_minus"], row["gap_low"], row["gap_high"], "+"), row["sarm_better"],
+                         f"{row['p_holm']:.2f}"]
             points = " ".join(f"{100 * row[f'seed_{s}']:.1f}" for s in seeds)
-            lines.append(f"| {NAMES[row['variant']]} | {100 * row['value']:.1f} [{100 * row['low']:.1f}, "
-                         f"{100 * row['high']:.1f}] | {gap} | {judged} | {p} | {points} |")
+            score_cell = percent(row["value"], row["low"], row["high"])
+            lines.append(f"| {NAMES[row['variant']]} | {score_cell} | {' | '.join(cells)} | {points} |")
     return "\n".join(lines) + "\n"
-
-
-def draw(table: pd.DataFrame, lines: list[dict], seeds: list[int], folder: Path) -> None:
-    """The paired differences beside the paper's, and the per-subset heat map."""
-    table = table[table.measure == "rewardbench2"]
-    paper = published.table_2().set_index("variant").Overall
-    sarm = table[table.variant == "sarm"].iloc[0]
-    rows = [{"variant": NAMES[row["variant"]], "value": 100 * row["sarm_minus"], "lo": 100 * row["gap_low"],
-             "hi": 100 * row["gap_high"], "points": [100 * (sarm[f"seed_{s}"] - row[f"seed_{s}"]) for s in seeds],
-             "published": paper["sarm"] - paper[row["variant"]] if row["variant"] in paper else np.nan}
-            for row in table.to_dict("records") if row["variant"] != "sarm"]
-    data, cells = pd.DataFrame(rows), {}
-    fig = figures_rq3.paired_differences(data, "SARM minus each variant, RewardBench 2 (toy world)")
-    figures.save_figure(fig, "table2_differences", folder, data, f"Paired differences over seeds {seeds} and prompts, "
-                        "95 % intervals; diamonds: the paper's Table 2, another model on other data.", "toy")
-    for variant in NAMES:
-        scores, strata = values(lines, variant, "rewardbench2", seeds)
-        parts = {part: np.array(strata) == part for part in dict.fromkeys(strata)}
-        cells[NAMES[variant]] = {part: 100 * scores[:, index].mean() for part, index in parts.items()}
-    data = pd.DataFrame(cells).T
-    fig = figures_rq3.part_heat_map(data, "RewardBench 2 subsets (toy world)")
-    figures.save_figure(fig, "table2_subsets", folder, data.rename_axis("variant").reset_index(),
-                        f"Mean score per subset over seeds {seeds}.", "toy")
 
 
 def main() -> None:
     """Train what is missing, then write the summary."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--lines", type=Path, default=HERE.parent / "runs/long/table2.jsonl")
-    parser.add_argument("--out", type=Path, default=HERE)
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    run = Run(load_profile("toy", seeds=arguments.seeds), progress=False)
-    rows = {"rewardbench2": run.benchmark_rows()["rewardbench2"]}
-    jobs = [{"variant": v, "seed": s} for s in arguments.seeds for v in NAMES]
-    lines = append(arguments.lines, jobs, lambda job: measure(
-        run, train(run, job["variant"], job["seed"]), run.pairs(job["seed"])["eval"], rows))
-    table = summary(lines, arguments.seeds)
-    table.to_csv(arguments.out / "table2.csv", index=False, float_format="%.5f")
-    command = f"python benchmarks/table2.py --seeds {' '.join(map(str, arguments.seeds))}"
-    draw(table, lines, arguments.seeds, arguments.out / "figures")
-    (arguments.out / "table2.md").write_text(markdown(table, arguments.seeds, command))
+    given = arguments(__doc__, "table2", [0, 1, 2, 3, 4])
+    run = pipeline.Run(load_profile("toy", seeds=given.seeds), progress=False)
+    rows = run.benchmark_rows()["rewardbench2"]
+    jobs = [{"variant": v, "seed": s} for s in given.seeds for v in NAMES]
+    lines = append(given.lines, jobs, lambda job: measure(
+        run, train(run, job["variant"], job["seed"]), job["seed"], rows))
+    table = summary(lines, given.seeds)
+    table.to_csv(given.out / "table2.csv", index=False, float_format="%.5f")
+    gaps = table[(table.measure == "rewardbench2") & (table.variant != "sarm")]
+    data = pd.DataFrame({"variant": [NAMES[v] for v in gaps.variant], "value": 100 * gaps.sarm_minus,
+                         "lo": 100 * gaps.gap_low, "hi": 100 * gaps.gap_high})
+    figures.save(figures.differences(data, "SARM minus each variant, RewardBench 2"), data, "table2_differences",
+                 given.out / "figures", "toy")
+    (given.out / "table2.md").write_text(markdown(table, given.seeds, given.command))
 
 
 if __name__ == "__main__":

@@ -7,22 +7,27 @@ state at the reward position into *k* features ``z``, and a linear head turns th
 
 from importlib import import_module
 
+from sarmlib.registration import register as _register
+
 __version__ = "0.1.0"
 
 _PUBLIC = {
-    "TopKSAE": "sarmlib.sae.model",
+    "TopKSAE": "sarmlib.sae.topk",
     "train_sae": "sarmlib.sae.training",
     "SAETrainConfig": "sarmlib.sae.training",
     "ActivationExtractor": "sarmlib.extractor",
+    "load_backbone": "sarmlib.backbone",
     "SarmConfig": "sarmlib.sarm.model",
     "SarmForSequenceClassification": "sarmlib.sarm.model",
     "ScalarRewardModel": "sarmlib.sarm.model",
     "RewardTrainer": "sarmlib.sarm.training",
     "RewardTrainConfig": "sarmlib.sarm.training",
     "explain": "sarmlib.sarm.attribution",
+    "explain_pair": "sarmlib.sarm.attribution",
     "steer": "sarmlib.sarm.steering",
     "load_released": "sarmlib.sarm.released",
 }
+_register()
 __all__ = [*_PUBLIC, "__version__"]
 
 

@@ -1,246 +1,165 @@
 """Hidden states after layer l at chosen token positions (paper eq. 6 and "sequence-level SAE pretraining").
 
-Whole documents are packed into windows, so that almost no computed token is padding, and every state equals the one a
-forward pass over its document alone would give: positions restart at each document and attention never crosses from
-one into another.  Whether the model's attention honours that is measured once on eight tokens; a model that does not
-(old or recurrent families) gets right-padded rows of similar length instead, which is exact too but wastes more.
+Documents share rows, and every state equals the one that its document alone would give: positions restart
+at each document and attention never crosses into another.  A model that does not honour that (probed on a few
+tokens) gets one piece a row, exact but slower.
 """
 
-from __future__ import annotations
-
 import re
-import time
 import warnings
 from bisect import bisect_left, insort
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
 from itertools import islice
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
+from torch.nn.functional import one_hot
+from torch.nn.utils.rnn import pad_sequence
 
-from sarmlib.chat import end_of_turn_id
-from sarmlib.errors import ConfigError, DataError, ModelError
+from sarmlib.chat import end_of_turn_id, fit_length, reward_position
+from sarmlib.errors import ConfigError, DataError
 
 PositionRule = Callable[[Tensor, Tensor], Tensor]
-RULES = ("sentence_end", "official", "every", "last")
-DEFAULT_WINDOW = 512
-SHORT_ROW = 128  # tokens; shorter rows make small matrix products, longer ones waste attention on masked pairs
+Piece = tuple[Tensor, Tensor]  # ids [T] of (a part of) a document, bool [T]: the states to take
+SHORT_ROW = 128  # tokens; shorter rows make small products, longer ones waste attention on masked pairs
 POOL_BATCHES = 8  # batches' worth of tokens packed together
 _SENTENCE_TAIL = re.compile(r"[.?!…。？！]+[\"'”’»›)\]}」』）]*$")
-_OFFICIAL = frozenset(mark for char in ".;!?" for mark in (char, " " + char))
 
 
 def position_rule(tokenizer, rule: str | PositionRule = "sentence_end") -> PositionRule:
-    """Rule name -> function (input_ids [B,T], attention_mask [B,T]) -> bool [B,T], True where a state is taken.
+    """Rule -> function (input_ids [B, T], attention_mask [B, T]) -> bool [B, T], True where a state is taken.
 
-    ``sentence_end``: every vocabulary item is decoded and its stripped tail tested for . ? ! … (and CJK full stops)
-    with closing quotes or brackets after them, so merged tokens such as ``.\\n\\n`` and ``."`` count; end-of-turn and
-    end-of-text tokens count too.  ``official``: the released code's nine literal tokens (``. ; ! ?``, each also with a
-    leading space, and the end of turn).  ``every``: all attended tokens.  ``last``: the last attended token of each
-    row.  A callable is returned as it is.  Raises ConfigError for an unknown name.
+    ``sentence_end``: tokens whose text ends in . ? ! … or a CJK full stop (then perhaps quotes, brackets or
+    white space), end of turn and end of text.  ``every``: all attended tokens.  ``last``: the last of them.
+    A function is returned as it is.  Raises ConfigError for an unknown name.
     """
     if callable(rule):
         return rule
     if rule == "every":
-        return lambda input_ids, attention_mask: attention_mask.bool()
+        return lambda ids, mask: mask.bool()
     if rule == "last":
-        return _last
-    if rule not in RULES:
-        raise ConfigError(f"unknown position rule {rule!r}; use one of {', '.join(RULES)} or a function")
-    ids = range(len(tokenizer))
-    if rule == "official":
-        texts = (str(token or "").replace("▁", " ").replace("Ġ", " ") for token in tokenizer.convert_ids_to_tokens(ids))
-        chosen = {i for i, text in zip(ids, texts, strict=True) if text in _OFFICIAL}
-        chosen |= {end_of_turn_id(tokenizer)}
-    else:
-        special = set(tokenizer.all_special_ids)
-        decoded = tokenizer.batch_decode([[i] for i in ids], clean_up_tokenization_spaces=False)
-        chosen = {i for i in ids if i not in special and _SENTENCE_TAIL.search(decoded[i].strip())}
-        chosen |= {end_of_turn_id(tokenizer), tokenizer.eos_token_id}
-    table = torch.zeros(len(tokenizer), dtype=torch.bool)
-    table[sorted(chosen - {None})] = True
-    bos = tokenizer.bos_token_id
-    bos = bos if bos is not None and bool(table[bos]) else None  # bos = eos: the opening one ends no sentence
+        return lambda ids, mask: one_hot(reward_position(mask), ids.shape[1]).bool()
+    if rule != "sentence_end":
+        raise ConfigError(f"unknown position rule {rule!r}; use sentence_end, every, last or a function")
+    table, bos = _sentence_ends(tokenizer), tokenizer.bos_token_id
 
     def select(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         attended = attention_mask.bool()
-        inside = attended & (input_ids < len(table))
-        chosen_here = table.to(input_ids.device)[torch.where(inside, input_ids, 0)] & inside
-        if bos is not None:
-            chosen_here &= ~((input_ids == bos) & (attended.cumsum(-1) == 1))
-        return chosen_here
+        chosen = attended & table.to(input_ids.device)[input_ids]
+        if bos is not None:  # where it equals the end of text, the opening one still ends no sentence
+            chosen &= ~((input_ids == bos) & (attended.cumsum(-1) == 1))
+        return chosen
 
     return select
 
 
-def _last(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-    attended = attention_mask.bool()
-    after = attended.flip(-1).cumsum(-1).flip(-1)  # attended tokens from here on
-    return attended & (after == 1)
+def _sentence_ends(tokenizer) -> Tensor:
+    """bool [vocabulary]: the tokens that end a sentence, a turn or a text."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    ends = torch.tensor([bool(_SENTENCE_TAIL.search(text.strip())) for text in texts])
+    ends[tokenizer.all_special_ids] = False
+    ends[list({end_of_turn_id(tokenizer), tokenizer.eos_token_id} - {None})] = True
+    return ends
 
 
-@dataclass
-class ExtractionStats:
-    """Running totals of an extractor."""
-
-    documents: int = 0
-    tokens: int = 0
-    """Document tokens passed through the model."""
-    padding: int = 0
-    """Padding tokens passed through the model."""
-    vectors: int = 0
-    """States given out."""
-    seconds: float = 0.0
-    """Wall time in tokenizing, packing and the model."""
+class ExtractionStats(Counter):
+    """Totals: documents and tokens read, padding computed with them, vectors given out."""
 
     def summary(self) -> dict:
-        """All totals with tokens_per_second, padding_share (of computed tokens) and used_share (states per token)."""
-        computed = max(self.tokens + self.padding, 1)
-        return asdict(self) | {
-            "tokens_per_second": self.tokens / self.seconds if self.seconds else 0.0,
-            "padding_share": self.padding / computed,
-            "used_share": self.vectors / computed,
-        }
+        """The totals and their shares of the computed tokens: padding_share, used_share."""
+        computed = max(self["tokens"] + self["padding"], 1)
+        return {**self, "padding_share": self["padding"] / computed, "used_share": self["vectors"] / computed}
 
 
 class ActivationExtractor:
     """Streams hidden states [n, d] of a cut backbone at the positions a rule selects.
 
-    Args:
-        backbone: model from ``load_backbone``; its last_hidden_state is what is returned.
-        tokenizer: turns texts into ids (with its own special tokens); token-id lists are used as they are.
-        positions: rule name or function, see ``position_rule``; it sees one whole document at a time.
-        window: longest row in tokens; None = 512 or the model's context, if that is shorter.  Longer documents are
-            cut into pieces of one window; a piece after the first starts with the document's BOS again, if it had one.
-        batch_size: a forward pass computes at most batch_size * window tokens.
-        device: moves the backbone there when given.
-
-    Vectors come in packing order, not in document order (the SAE trainer shuffles anyway), float32, on the backbone's
-    device.  ``stats`` holds totals, ``packed`` tells whether windows are packed (see the module docstring).
+    A forward pass computes at most batch_size * window tokens.  ``window`` is the longest row (at most the
+    model's context); longer documents are cut, and a piece after the first starts with the document's BOS
+    again, if it had one.  ``positions``: see ``position_rule``; the rule sees whole documents.  States are
+    float32, in packing order, on the backbone's device.  ``stats`` holds totals.
     """
 
-    def __init__(
-        self,
-        backbone,
-        tokenizer,
-        positions: str | PositionRule = "sentence_end",
-        window: int | None = None,
-        batch_size: int = 4,
-        device: str | torch.device | None = None,
-    ):
-        limit = getattr(backbone.config, "max_position_embeddings", None) or window or DEFAULT_WINDOW
-        window = min(DEFAULT_WINDOW, limit) if window is None else window
-        for name, value, low in (("window", window, 2), ("batch_size", batch_size, 1)):
-            if not isinstance(value, int) or value < low:
-                raise ConfigError(f"{name}={value!r} must be an integer of at least {low}")
-        if window > limit:
-            raise ConfigError(f"window={window} exceeds the model's context of {limit} tokens; lower window")
+    def __init__(self, backbone, tokenizer, positions: str | PositionRule = "sentence_end",
+                 window: int = 512, batch_size: int = 4, device: str | torch.device | None = None):
+        if window < 2 or batch_size < 1:
+            raise ConfigError(f"window={window} must be 2 or more, batch_size={batch_size} 1 or more")
+        window = fit_length(backbone, window)
         self.backbone = (backbone if device is None else backbone.to(device)).eval()
-        self.tokenizer, self.window, self.batch_size = tokenizer, window, batch_size
+        self.tokenizer, self.window, self.budget = tokenizer, window, batch_size * window
         self.rule = position_rule(tokenizer, positions)
-        self.stats = ExtractionStats()
+        self.stats = ExtractionStats(documents=0, tokens=0, padding=0, vectors=0)
         self.packed = self._keeps_documents_apart()
 
     @torch.no_grad()
-    def iter_activations(
-        self, texts: Iterable[str | list[int]], max_vectors: int | None = None, *, allow_empty: bool = False
-    ) -> Iterator[Tensor]:
-        """Yield states as [n, d] tensors, one per forward pass, until ``texts`` or ``max_vectors`` is used up.
+    def iter_activations(self, texts: Iterable[str | list[int]], max_vectors: int | None = None
+                         ) -> Iterator[Tensor]:
+        """States of documents (texts or ids) as [n, d] tensors, one per forward pass, ``max_vectors`` in all.
 
-        Raises DataError for an empty corpus or a rule that selects nothing (not with ``allow_empty``, for parts of a
-        corpus), and for a state that is not finite.
+        Raises DataError for a corpus without text or selected tokens, and for a state that is not finite.
         """
-        given, documents, clock = 0, 0, time.perf_counter()
-        for batch, n_documents in self._batches(texts):
-            states = self._forward(batch)
-            documents += n_documents
-            if max_vectors is not None:
-                states = states[: max_vectors - given]
+        given = 0
+        for rows in self._batches(texts):
+            states = self._forward(rows)
+            states = states if max_vectors is None else states[:max_vectors - given]
             given += len(states)
-            self.stats.documents += n_documents
-            self.stats.vectors += len(states)
-            self.stats.seconds += time.perf_counter() - clock
+            self.stats["vectors"] += len(states)
             if len(states):
                 yield states
-            clock = time.perf_counter()
-            if max_vectors is not None and given >= max_vectors:
+            if given == max_vectors:
                 return
-        if allow_empty:
-            return
-        if documents == 0:
-            raise DataError("the corpus holds no text; pass at least one non-empty document")
         if given == 0:
-            raise DataError(f"the position rule selected none of the tokens of {documents} documents; try 'every'")
+            raise DataError("the corpus holds no text, or the position rule selects none of its tokens; try "
+                            "the rule 'every'")
 
-    def collect(self, texts: Iterable[str | list[int]], n: int | None = None, *, progress: bool = False) -> Tensor:
-        """The first ``n`` states (all when None) as one float32 CPU tensor [n, d]; warns when there are fewer."""
-        parts, count = [], 0
-        with tqdm(total=n, disable=not progress, unit="state", desc="activations", leave=False) as bar:
-            for states in self.iter_activations(texts, n):
-                parts.append(states.cpu())
-                count += len(states)
-                bar.update(len(states))
-                bar.set_postfix(tokens_per_s=f"{self.stats.summary()['tokens_per_second']:,.0f}", refresh=False)
-        if n is not None and count < n:
-            warnings.warn(f"asked for {n} states, the corpus gave {count}", stacklevel=2)
-        return torch.cat(parts)
-
-    # -- documents -> pieces -> rows -> batches -------------------------------------------------------------------
+    def collect(self, texts: Iterable[str | list[int]], n: int | None = None) -> Tensor:
+        """The first ``n`` states (None: all) as one float32 CPU tensor [n, d]; warns when there are fewer."""
+        states = torch.cat([part.cpu() for part in self.iter_activations(texts, n)])
+        if n is not None and len(states) < n:
+            warnings.warn(f"asked for {n} states, the corpus gave {len(states)}", stacklevel=2)
+        return states
 
     def _documents(self, texts: Iterable[str | list[int]]) -> Iterator[list[int]]:
-        if isinstance(texts, (str, bytes)):
+        if isinstance(texts, str):
             raise ConfigError("texts is one string; pass an iterable of documents, such as [text]")
         texts = iter(texts)
         while group := list(islice(texts, 64)):
             strings = [text for text in group if isinstance(text, str)]
             encoded = iter(self.tokenizer(strings, verbose=False)["input_ids"] if strings else ())
             for text in group:
-                ids = next(encoded) if isinstance(text, str) else list(text)
+                ids = next(encoded) if isinstance(text, str) else text
                 if len(text) and len(ids):
+                    self.stats["documents"] += 1
                     yield ids
 
-    def _pieces(self, ids: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(ids [T], bool [T]) of at most one window each; the rule sees the whole document."""
+    def _pieces(self, ids: list[int]) -> Iterator[Piece]:
+        """Pieces of at most one window; the rule sees the whole document."""
         document = torch.tensor(ids)
         chosen = self.rule(document[None], torch.ones(1, len(ids), dtype=torch.long))[0].bool()
-        if len(ids) <= self.window:
-            yield document, chosen
-            return
-        has_bos = self.tokenizer.bos_token_id is not None and ids[0] == self.tokenizer.bos_token_id
         yield document[: self.window], chosen[: self.window]
-        step = self.window - has_bos
+        bos = document[:1] if ids[0] == self.tokenizer.bos_token_id else document[:0]
+        step = self.window - len(bos)
         for start in range(self.window, len(ids), step):
-            part, part_chosen = document[start : start + step], chosen[start : start + step]
-            if has_bos:
-                part = torch.cat([document[:1], part])
-                part_chosen = torch.cat([chosen.new_zeros(1), part_chosen])
-            yield part, part_chosen
+            part = slice(start, start + step)
+            yield torch.cat([bos, document[part]]), torch.cat([torch.zeros_like(bos).bool(), chosen[part]])
 
-    def _batches(self, texts) -> Iterator[tuple[list[list[tuple[Tensor, Tensor]]], int]]:
-        """Batches of rows, each row a list of pieces, with the number of documents read since the last batch."""
-        budget, pool, pool_tokens, n_documents = self.batch_size * self.window, [], 0, 0
+    def _batches(self, texts) -> Iterator[list[list[Piece]]]:
+        """Batches of rows, each row a list of pieces."""
+        pool, tokens = [], 0
         for ids in self._documents(texts):
-            n_documents += 1
-            for piece in self._pieces(ids):
-                pool.append(piece)
-                pool_tokens += len(piece[0])
-            if pool_tokens < POOL_BATCHES * budget:
-                continue
-            batches = list(_split_rows(self._rows(pool), budget))
-            pool = [piece for row in batches.pop() for piece in row]  # the last one is not full: packed again
-            pool_tokens = sum(len(piece[0]) for piece in pool)
-            for rows in batches:
-                yield rows, n_documents
-                n_documents = 0
-        for rows in _split_rows(self._rows(pool), budget):
-            yield rows, n_documents
-            n_documents = 0
+            pieces = list(self._pieces(ids))
+            pool += pieces
+            tokens += _length(pieces)
+            if tokens >= POOL_BATCHES * self.budget:
+                *full, last = _split_rows(self._rows(pool), self.budget)
+                pool = [piece for row in last for piece in row]  # not full: packed again
+                tokens = _length(pool)
+                yield from full
+        yield from _split_rows(self._rows(pool), self.budget)
 
-    def _rows(self, pool: list) -> list[list]:
-        """Best-fit decreasing: a piece joins the fullest row that can hold it; a new row is as long as its first piece,
-        but at least SHORT_ROW tokens (short documents share a row, and no row is longer than it has to be)."""
+    def _rows(self, pool: list[Piece]) -> list[list[Piece]]:
+        """Best-fit decreasing: a piece joins the fullest row that can hold it, or starts one."""
         pieces = sorted(pool, key=lambda piece: -len(piece[0]))
         if not self.packed:
             return [[piece] for piece in pieces]
@@ -258,60 +177,58 @@ class ActivationExtractor:
                 insort(open_rows, (room - length, number))
         return rows
 
-    def _forward(self, rows: list[list[tuple[Tensor, Tensor]]]) -> Tensor:
-        lengths = [sum(len(ids) for ids, _ in row) for row in rows]
-        shape = (len(rows), max(lengths))
-        input_ids, chosen = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool)
-        positions = torch.arange(shape[1]).repeat(len(rows), 1)
-        for number, (row, length) in enumerate(zip(rows, lengths, strict=True)):
-            input_ids[number, :length] = torch.cat([ids for ids, _ in row])
-            chosen[number, :length] = torch.cat([mask for _, mask in row])
-            starts = torch.tensor([0] + [len(ids) for ids, _ in row]).cumsum(0)  # the last one starts the padding
-            owner = torch.searchsorted(starts, positions[number], right=True) - 1
-            positions[number] -= starts[owner]
-        self.stats.tokens += sum(lengths)
-        self.stats.padding += input_ids.numel() - sum(lengths)
-        if self.packed:
-            states = self._states(input_ids, position_ids=positions)
-        else:
-            mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
-            states = self._states(input_ids, attention_mask=mask.long())
+    def _forward(self, rows: list[list[Piece]]) -> Tensor:
+        """States [n, d] of the chosen tokens of rows; padding stands on the right, where nothing sees it."""
+        input_ids, chosen = (_rectangle([[piece[i] for piece in row] for row in rows]) for i in (0, 1))
+        positions = _rectangle([[torch.arange(len(ids)) for ids, _ in row] for row in rows])
+        tokens = sum(map(_length, rows))
+        self.stats.update(tokens=tokens, padding=input_ids.numel() - tokens)
+        states = self._states(input_ids=input_ids, **({"position_ids": positions} if self.packed else {}))
         states = states[chosen.to(states.device)].float()
         if not torch.isfinite(states).all():
             raise DataError("a hidden state is NaN or infinite; load the backbone in float32 or bfloat16")
         return states
 
-    def _states(self, input_ids: Tensor, **kwargs) -> Tensor:
-        device = self.backbone.device
-        kwargs = {name: tensor.to(device) for name, tensor in kwargs.items()}
-        return self.backbone(input_ids=input_ids.to(device), use_cache=False, **kwargs).last_hidden_state
+    def _states(self, **kwargs: Tensor) -> Tensor:
+        inputs = {name: tensor.to(self.backbone.device) for name, tensor in kwargs.items()}
+        return self.backbone(use_cache=False, **inputs).last_hidden_state
 
     @torch.no_grad()
     def _keeps_documents_apart(self) -> bool:
-        """Compare [a a a a b b b b] with restarting positions to [b b b b] alone; True when b's states agree."""
-        vocab = self.backbone.get_input_embeddings().weight.shape[0]
-        ids = torch.arange(8).remainder(vocab)[None]
-        positions = torch.arange(4).repeat(2)[None]
+        """Whether the second document of each of two packed rows gets the states that it has alone.
+
+        Two rows, because some attention kernels look for packed documents in batches of one row only.
+        """
+        ids = torch.arange(16).remainder(self.backbone.get_input_embeddings().weight.shape[0]).view(2, 8)
+        positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2, 0, 1, 2, 3, 4]])
         try:
-            packed = self._states(ids, position_ids=positions)[0, 4:].float()
-            alone = self._states(ids[:, 4:], position_ids=positions[:, :4])[0].float()
+            packed = self._states(input_ids=ids, position_ids=positions)
         except TypeError:  # no position_ids: recurrent or ALiBi families
             return False
-        except IndexError as error:
-            raise ModelError(f"{type(self.backbone).__name__} cannot run a forward pass: {error}") from error
         tolerance = 1e-4 if self.backbone.dtype == torch.float32 else 3e-2
-        return bool((packed - alone).abs().max() <= tolerance * alone.abs().max().clamp(min=1e-6))
+        for row, start, states in zip(ids, (4, 3), packed, strict=True):
+            alone = self._states(input_ids=row[None, start:])[0].float()
+            if not (states[start:].float() - alone).abs().max() <= tolerance * alone.abs().max():
+                return False
+        return True
 
 
-def _split_rows(rows: list[list], budget: int) -> Iterator[list[list]]:
+def _rectangle(rows: list[list[Tensor]]) -> Tensor:
+    """[B, T] of rows of parts, padded with zeros on the right."""
+    return pad_sequence([torch.cat(row) for row in rows], batch_first=True)
+
+
+def _length(pieces: list[Piece]) -> int:
+    return sum(len(ids) for ids, _ in pieces)
+
+
+def _split_rows(rows: list[list[Piece]], budget: int) -> Iterator[list[list[Piece]]]:
     """Rows of similar length in batches of at most ``budget`` tokens, padding included."""
-    sized = sorted(((sum(len(ids) for ids, _ in row), row) for row in rows), key=lambda pair: -pair[0])
-    batch, longest = [], 0
-    for length, row in sized:
-        longest = longest or length
-        if batch and (len(batch) + 1) * longest > budget:
+    batch = []
+    for row in sorted(rows, key=_length, reverse=True):
+        if batch and (len(batch) + 1) * _length(batch[0]) > budget:
             yield batch
-            batch, longest = [], length
+            batch = []
         batch.append(row)
     if batch:
         yield batch

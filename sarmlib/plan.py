@@ -1,165 +1,175 @@
-"""What a profile will cost, before anything is downloaded: parameters, tokens, memory, disk and hours per stage.
+"""What a profile will cost, before anything is downloaded: tokens, memory, disk, hours and the commands.
 
-Every number is arithmetic on shapes and on the profile (formulas in `plan`), not a measurement; hours assume a stated
-share of the hardware's peak rate.
+Every number is arithmetic on shapes and on the profile, not a measurement; hours assume a stated share of the
+hardware's peak rate.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 
-from .backbone import cut_config, n_layers
-from .errors import ConfigError
-from .profiles import Profile
+from sarmlib.errors import ConfigError
+from sarmlib.hub import from_hub
+from sarmlib.profiles import Profile
+from sarmlib.store import ROOT
 
-LLAMA3 = {"vocab_size": 128256, "head_dim": 128, "num_key_value_heads": 8}
-SHAPES: dict[str, dict[str, Any]] = {
-    "meta-llama/Llama-3.1-8B-Instruct": {**LLAMA3, "hidden_size": 4096, "intermediate_size": 14336,
-                                         "num_hidden_layers": 32, "num_attention_heads": 32},
-    "meta-llama/Llama-3.2-3B-Instruct": {**LLAMA3, "hidden_size": 3072, "intermediate_size": 8192,
-                                         "num_hidden_layers": 28, "num_attention_heads": 24,
-                                         "tie_word_embeddings": True},
-}
-"""Published shapes (config.json of each model on the hub, read 2026-11), so that a plan needs no network."""
-SHAPES["Schrieffer/Llama-SARM-4B"] = {**SHAPES["meta-llama/Llama-3.1-8B-Instruct"], "num_hidden_layers": 16}
-
-
-class Hardware(NamedTuple):
-    """One accelerator: bf16 peak in TFLOP/s and memory in GB, as its maker states them."""
-
-    tflops: float
-    memory: float
-
-
-HARDWARE = {"h100": Hardware(989, 80), "h200": Hardware(989, 141), "a100": Hardware(312, 80), "l4": Hardware(121, 24),
-            "rtx4090": Hardware(165, 24), "t4": Hardware(65, 16)}
+LLAMA_8B = {"vocab_size": 128256, "head_dim": 128, "num_key_value_heads": 8, "hidden_size": 4096,
+            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_3B = {**LLAMA_8B, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
+            "num_attention_heads": 24, "tie_word_embeddings": True}
+SHAPES = {"meta-llama/Llama-3.2-3B-Instruct": LLAMA_3B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA_8B,
+          "Schrieffer/Llama-SARM-4B": {**LLAMA_8B, "num_hidden_layers": 16}}
+"""Published shapes (config.json of each model on the hub), so that a plan needs no network."""
+HARDWARE = {"h100": (989, 80), "h200": (989, 141), "a100": (312, 80), "l4": (121, 24), "rtx4090": (165, 24),
+            "t4": (65, 16)}
+"""bf16 peak in TFLOP/s and memory in GB, as the maker states them."""
 SHARE = 0.4
-"""Share of the peak rate that the hours assume; to be replaced by your own measurement (`benchmarks/gpu.py`)."""
+"""Share of the peak rate that the hours assume (``benchmarks/gpu.py`` measures it)."""
 TOKENS_PER_VECTOR = 20
 """Paper: "50M sequences (approximately 1B tokens)"."""
 PAIR_TOKENS, PAIRS, BENCHMARK_TEXTS, TEXT_TOKENS = 1200, 77_000, 1865 * 4 + 1327 * 6, 450
 """Assumed: tokens of both answers of a Skywork pair and its prompt; pairs; texts of both benchmarks; their length."""
+BUFFER = 65_536
+"""Vectors that SAE training mixes when they come as a stream."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Parameters of a SARM, by part (counted on the meta device: nothing is allocated)."""
+class Sizes(NamedTuple):
+    """Parameters of a SARM by part, without W_dec and the language-model head, as Table 1 counts; and its shape."""
 
     embeddings: int
     layers: int
     encoder: int
-    head: int
     d: int
     n_features: int
     layer: int
-    depth: int
-    """Layers of the checkpoint; those above `layer` are downloaded and never read."""
+    depth: int  # layers of the checkpoint; those above ``layer`` are downloaded and never read
 
     @property
     def total(self) -> int:
-        """As the paper counts (Table 1): embeddings, lower layers, encoder, head; no language-model head, no W_dec."""
-        return self.embeddings + self.layers + self.encoder + self.head
+        return self.embeddings + self.layers + self.encoder + self.n_features
+
+
+def backbone_path(profile: Profile) -> str:
+    """Folder, GGUF file or hub id of a profile's decoder.
+
+    Raises ConfigError for a folder below models/ of the checkout that has not been made.
+    """
+    source = profile.backbone.source
+    if source == "toy":
+        from sarmlib.data.toyworld import BACKBONE_DIR
+        return str(BACKBONE_DIR)
+    if source == "data":
+        return str(profile.folder("backbone"))
+    if source.startswith("models/") and not Path(source).exists():
+        if not (ROOT / source).exists():
+            raise ConfigError(f"backbone.source {source!r} is not there; make it with `python tools/"
+                              f"{Path(source).name}.py`, or name a folder or hub id of your own")
+        return str(ROOT / source)
+    return source
 
 
 def sizes(profile: Profile) -> Sizes:
-    """Count the profile's SARM from its backbone's config: published shapes first, else the folder or the hub."""
+    """Count the profile's SARM from its backbone's config (published shapes first), without allocating it."""
     import torch
     from transformers import AutoConfig, AutoModel, LlamaConfig
 
-    from .backbone import _from_hub
-    source = profile.backbone.source
-    if source in ("toy", "data"):
-        from .data.toyworld.pretrain import BACKBONE_DIR
-        from .errors import DataError
-        if source == "data":
-            from .data.local import discover
-            source = discover(profile.data, require=()).backbone
-            if source is None:
-                raise DataError(f"the folder {profile.data} holds no backbone; put one there")
-        else:
-            source = BACKBONE_DIR
-    config = LlamaConfig(**SHAPES[source]) if source in SHAPES else _from_hub(
-        AutoConfig, source, revision=profile.backbone.revision, trust_remote_code=False)
+    from sarmlib.backbone import cut_config, n_layers
+    source, revision = backbone_path(profile), profile.backbone.revision
+    config = LlamaConfig(**SHAPES[source]) if source in SHAPES else from_hub(AutoConfig, source, revision=revision)
     cut = cut_config(config, profile.backbone.layer)
     with torch.device("meta"):
         model = AutoModel.from_config(cut)
-    embeddings = model.get_input_embeddings().weight.numel()
+    embeddings, d = model.get_input_embeddings().weight.numel(), cut.hidden_size
     body = sum(weight.numel() for weight in model.parameters()) - embeddings
-    d = cut.hidden_size
     m = profile.sae.n_features(d)
-    return Sizes(embeddings, body, m * d, m, d, m, n_layers(cut), n_layers(config))
+    return Sizes(embeddings, body, m * d, d, m, n_layers(cut), n_layers(config))
 
 
 def plan(profile: Profile, hardware: str = "h100", devices: int = 1) -> pd.DataFrame:
-    """One row per stage: tokens, PFLOP, memory_gb (per device), disk_gb, hours.
+    """One row per stage: tokens, hours, device_gb (each), host_gb (all processes of one machine), disk_gb.
 
-    With N parameters of the layers, E embeddings, M d encoder weights, t tokens and v vectors:
-    extraction 2 N t; SAE 2 M d v (one dense product, the rest is sparse), 16 bytes for each of its 2 M d weights;
-    reward training 6 N t (8 N t with gradient checkpointing), 16 bytes a trained weight (float32 master, gradient, two
-    moments) shared by the devices, and the states of a micro-batch (2 bytes at each layer with checkpointing, 34
-    without, for each of its pairs' tokens and d); scoring 2 N t.  Hours are a floor: memory traffic and waiting for
-    data are not in them.  ConfigError for unknown hardware.
+    With N parameters of the layers, t tokens and v vectors: extraction 2 N t; SAE 2 M d v (one dense product, the
+    rest is sparse) and 16 bytes for each of its 2 M d weights; reward training 6 N t (8 N t with gradient
+    checkpointing), 16 bytes a trained weight (float32 weight, gradient, two moments) shared by the devices, and the
+    states of a micro-batch; scoring 2 N t.  Hours are a floor.  Raises ConfigError for unknown hardware.
     """
-    if hardware not in HARDWARE:
-        raise ConfigError(f"hardware {hardware!r} is not known; choose {', '.join(HARDWARE)}")
-    if devices < 1:
-        raise ConfigError(f"{devices} devices: at least 1 is needed")
-    one, spec = sizes(profile), HARDWARE[hardware]
-    half = 2e-9 if profile.dtype != "float32" else 4e-9
-    weights, trained = (one.total + one.n_features * one.d) * half, (one.embeddings + one.layers) * 16e-9
-    rows: list[dict] = []
+    if hardware not in HARDWARE or devices < 1:
+        raise ConfigError(f"{devices} x {hardware!r} is not known; choose 1 or more of {', '.join(HARDWARE)}")
+    one, half = sizes(profile), 4e-9 if profile.dtype == "float32" else 2e-9
+    download = (one.embeddings + one.layers * one.depth / one.layer) * 2e-9
+    stages: list[tuple] = [("download", math.nan, 0, 0, 0, download)]
+    if "sarm" in profile.variants or "token_sae" in profile.variants:
+        stages += _sae_stages(profile, one, devices, half)
+    if profile.variants:
+        stages.append(_reward_stage(profile, one, devices, half))
+    weights = (one.total + one.n_features * one.d) * half
+    tokens = BENCHMARK_TEXTS * TEXT_TOKENS * max(1, len(profile.variants) * len(profile.seeds))
+    memory = weights + profile.benchmarks.batch_tokens * one.d * 40e-9
+    stages.append(("scores", tokens, 2 * one.layers * tokens, memory, weights, 0.2))
+    table = pd.DataFrame(stages, columns=["stage", "tokens", "hours", "device_gb", "host_gb", "disk_gb"])
+    table["hours"] /= HARDWARE[hardware][0] * 1e12 * SHARE * devices * 3600  # were FLOP
+    return table
 
-    def stage(name: str, tokens: float, flop: float, memory: float, disk: float) -> None:
-        rows.append({"stage": name, "tokens": tokens, "pflop": flop / 1e15, "memory_gb": memory, "disk_gb": disk,
-                     "hours": flop / (spec.tflops * 1e12 * SHARE * devices) / 3600})
 
-    stage("download", math.nan, 0, 0, (one.embeddings + one.layers * one.depth / one.layer) * 2e-9)
-    times = len(profile.seeds)
-    if profile.backbone.source != "Schrieffer/Llama-SARM-4B":
-        kinds = 1 + ("token_sae" in profile.variants)
-        vectors = profile.sae.vectors
-        tokens = vectors * TOKENS_PER_VECTOR
-        batch = profile.corpus.batch_size * profile.corpus.window
-        stage("activations", tokens * kinds, 2 * one.layers * tokens * kinds,
-              (one.embeddings + one.layers) * half + batch * one.d * 40e-9, vectors * one.d * 4e-9 * kinds)
-        steps = profile.sae.steps
-        seen = vectors if steps is None else steps * profile.sae.batch_size
-        m = one.n_features
-        stage("SAE", math.nan, 2 * one.d * m * seen * kinds * times, 2 * m * one.d * 16e-9 +
-              profile.sae.batch_size * m * 4e-9, 2 * m * one.d * 4e-9 * kinds * times)
-        models = len(profile.variants) * times
-        pairs = profile.preferences.train_pairs or PAIRS
-        tokens = pairs * PAIR_TOKENS * profile.reward.epochs * models
-        work = 8 if profile.reward.gradient_checkpointing else 6
-        micro = profile.reward.micro_batch_size or profile.reward.batch_size
-        wide = (2 * one.layer + 34) if profile.reward.gradient_checkpointing else 34 * one.layer
-        states = 2 * micro * profile.preferences.max_length * one.d * wide * 1e-9
-        stage("reward models", tokens, work * one.layers * tokens, trained / devices + weights + states,
-              weights * models)
-    else:
-        models = 1
-    tokens = BENCHMARK_TEXTS * TEXT_TOKENS * models
-    stage("scores", tokens, 2 * one.layers * tokens, weights + profile.benchmarks.batch_tokens * one.d * 40e-9, 0.2)
-    return pd.DataFrame(rows)
+def _sae_stages(profile: Profile, one: Sizes, devices: int, half: float) -> list[tuple]:
+    """(stage, tokens, FLOP, device GB, host GB, disk GB) of activations and SAEs."""
+    sae, times, backbone = profile.sae, len(profile.seeds), (one.embeddings + one.layers) * half
+    kinds = ("sarm" in profile.variants) + ("token_sae" in profile.variants)
+    vectors, tokens = sae.vectors * one.d * 4e-9, sae.vectors * TOKENS_PER_VECTOR * kinds
+    extraction = backbone + profile.corpus.batch_size * profile.corpus.window * one.d * 40e-9
+    memory = 2 * one.encoder * 16e-9 + sae.batch_size * one.n_features * 4e-9
+    work = 2 * one.encoder * (sae.steps * sae.batch_size if sae.steps else sae.vectors) * kinds * times
+    disk, buffers = 2 * one.encoder * 4e-9 * kinds * times, devices * BUFFER * one.d * 8e-9
+    if vectors <= profile.corpus.budget_gb:
+        return [("activations", tokens, 2 * one.layers * tokens, extraction, devices * backbone, vectors * kinds),
+                ("SAE", math.nan, work, memory, buffers, disk)]
+    tokens *= times  # the SAE reads the states as they are computed, once for each seed
+    return [("SAE", tokens, work + 2 * one.layers * tokens, memory + extraction, buffers + devices * backbone, disk)]
+
+
+def _reward_stage(profile: Profile, one: Sizes, devices: int, half: float) -> tuple:
+    """(stage, tokens, FLOP, device GB, host GB, disk GB) of the reward models."""
+    reward, models = profile.reward, len(profile.variants) * len(profile.seeds)
+    tokens = (profile.preferences.train_pairs or PAIRS) * PAIR_TOKENS * reward.epochs * models
+    again = reward.gradient_checkpointing
+    wide = (2 * one.layer + 34) if again else 34 * one.layer  # bytes per token and unit of d
+    pairs = reward.micro_batch_size or reward.batch_size
+    states = 2 * pairs * profile.preferences.max_length * one.d * wide * 1e-9
+    weights = (one.total + one.encoder) * 4e-9
+    trained = (one.embeddings + one.layers) * (16e-9 / devices + half)  # autocast keeps a copy in half precision
+    return ("reward models", tokens, (8 if again else 6) * one.layers * tokens,
+            trained + 2 * one.encoder * 4e-9 + states, devices * weights, weights * models)
 
 
 def lines(profile: Profile, hardware: str = "h100", devices: int = 1) -> str:
-    """`plan` as text, with what does not fit said in words."""
-    one, table, spec = sizes(profile), plan(profile, hardware, devices), HARDWARE[hardware]
-    total = {"stage": "together", "tokens": table.tokens.sum(), "pflop": table.pflop.sum(),
-             "memory_gb": table.memory_gb.max(), "disk_gb": table.disk_gb.sum(), "hours": table.hours.sum()}
+    """`plan` as text, with what does not fit said in words, and the commands."""
+    one, table = sizes(profile), plan(profile, hardware, devices)
+    tflops, memory = HARDWARE[hardware]
+    total = {"stage": "together", **table[["tokens", "disk_gb", "hours"]].sum(),
+             **table[["device_gb", "host_gb"]].max()}
     shown = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
-    shown["tokens"] = [("" if value != value else f"{value:.3g}") for value in shown.tokens]
-    tight = table[table.memory_gb > spec.memory]
-    notes = [f"{row.stage} needs about {row.memory_gb:.0f} GB on each device, {hardware} has {spec.memory:.0f}: use "
-             "more devices (FSDP or DeepSpeed, see sarmlib/profiles/accelerate)" for row in tight.itertuples()]
+    shown["tokens"] = ["" if math.isnan(value) else f"{value:.3g}" for value in shown.tokens]
     return "\n".join([
-        f"profile {profile.name}: {one.total / 1e9:.2f} B parameters (layers {one.layers / 1e9:.2f}, embeddings "
-        f"{one.embeddings / 1e9:.2f}, encoder {one.encoder / 1e9:.2f}), d {one.d}, M {one.n_features}, layer "
+        f"profile {profile.name}: {one.total / 1e9:.2f} B parameters, d {one.d}, M {one.n_features}, layer "
         f"{one.layer} of {one.depth}",
-        f"on {devices} x {hardware} at {SHARE:.0%} of {spec.tflops:.0f} TFLOP/s (an assumption); nothing was started",
-        shown.to_string(index=False, float_format=lambda value: f"{value:,.2f}"), *notes])
+        f"on {devices} x {hardware} at {SHARE:.0%} of {tflops} TFLOP/s (an assumption); nothing was started",
+        shown.to_string(index=False, float_format=lambda value: f"{value:,.2f}"),
+        *(f"{row.stage} needs about {row.device_gb:.0f} GB on each device, {hardware} has {memory}: use more"
+          for row in table.itertuples() if row.device_gb > memory),
+        *_commands(profile, devices, (one.embeddings + one.layers) * 16e-9 > memory / 2)])
+
+
+def _commands(profile: Profile, devices: int, large: bool) -> list[str]:
+    """The commands that make the profile's stages on one machine; ``large``: one device cannot train the weights."""
+    last = f"python -m sarmlib reproduce --profile {profile.name}"
+    if devices == 1 or not profile.variants:
+        return [last]
+    launch = f"accelerate launch --num_processes {devices} --config_file examples/accelerate"
+    tail, variant = f"--profile {profile.name} --seed {profile.seeds[0]}", profile.variants[0]
+    return [f"{launch}/ddp.yaml -m sarmlib run sae {tail}",
+            f"{launch}/{'fsdp' if large else 'ddp'}.yaml -m sarmlib run reward {tail} --variant {variant}",
+            f"{last}   (what is left, and the notebooks)"]

@@ -9,19 +9,21 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KINDS = ("slow", "429", "500", "malformed", "empty", "cut")
+KINDS = ("slow", "429", "500", "malformed", "empty", "cut", "drip")
 
 
 class FakeLLM:
     """``with FakeLLM(...) as server: server.url``.
 
     trouble: kinds of failure, each met by the first attempt at some questions (which, depends on the question alone);
-    answer: messages -> text; always: a status that every request gets.  ``asked`` counts attempts and ``answered``
-    successful answers per question; ``keys`` are the credentials that came in.
+    answer: messages -> text; always: a status that every request gets; usage: what every reply says of its tokens;
+    new: refuse ``max_tokens``, as newer models do.  ``asked`` counts attempts and ``answered`` successful answers per
+    question; ``keys`` are the credentials that came in.
     """
 
-    def __init__(self, trouble=(), answer=None, always: int | None = None, delay: float = 0.0, log=None):
-        self.trouble, self.always, self.delay, self.log = tuple(trouble), always, delay, log
+    def __init__(self, trouble=(), answer=None, always: int | None = None, delay: float = 0.0, new: bool = False,
+                 usage={"prompt_tokens": 10, "completion_tokens": 5}):  # noqa: B006
+        self.trouble, self.always, self.delay, self.new, self.usage = tuple(trouble), always, delay, new, usage
         self.answer = answer or (lambda messages: f"answer to {messages[-1]['content'][:40]}")
         self.asked, self.answered, self.keys, self.lock = Counter(), Counter(), set(), threading.Lock()
         self.active = self.most = 0
@@ -67,6 +69,8 @@ class FakeLLM:
         if self.always:
             said = f"no, {request.headers.get('Authorization')}"
             return self.send(request, self.always, {"error": {"message": said}})
+        if self.new and "max_tokens" in body:
+            return self.send(request, 400, {"error": {"message": "use max_completion_tokens"}})
         kind = self.trouble[number % (2 * len(self.trouble))] if (
             self.trouble and first and number % (2 * len(self.trouble)) < len(self.trouble)) else None
         if kind == "slow":
@@ -79,14 +83,23 @@ class FakeLLM:
             return self.send(request, 200, {"choices": []})
         elif kind == "cut":
             return request.connection.close()
+        elif kind == "drip":  # a byte now and then
+            return self.drip(request)
         text = self.answer(body["messages"])
-        reply = {"choices": [{"message": {"content": text}}], "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+        reply = {"choices": [{"message": {"content": text}}], "usage": self.usage}
         with self.lock:
             self.answered[question] += 1
-            if self.log:
-                with open(self.log, "a") as file:
-                    file.write(hashlib.sha256(question.encode()).hexdigest() + "\n")
         self.send(request, 200, reply)
+
+    @staticmethod
+    def drip(request) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "1000")
+        request.end_headers()
+        for _ in range(40):
+            request.wfile.write(b" ")
+            request.wfile.flush()
+            time.sleep(0.1)
 
     @staticmethod
     def send(request, status: int, body, headers=()):

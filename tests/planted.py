@@ -4,9 +4,14 @@
 responses, 3 on high quality; the others fire at random, and the upper half never fires.
 """
 
+from functools import cache
+
 import numpy as np
 import pandas as pd
 from scipy import sparse
+
+from sarmlib.interpretation.contexts import Contexts
+from sarmlib.interpretation.explainers import KeywordExplainer
 
 SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus")
 SORRY, APPLE, LONG, GOOD, NOISE = range(5)
@@ -42,3 +47,20 @@ def planted_world(seed=0, n_prompts=240, n_features=80):
     w[[SORRY, GOOD]] = 0.4
     index["reward"] = z @ w
     return z, index.drop(columns="quality"), w, index["quality"].to_numpy()
+
+
+@cache
+def planted_contexts():
+    """The contexts of `planted_world`; shared, so not to be changed."""
+    return Contexts(*planted_world()[:3])
+
+
+@cache
+def planted_explainer():
+    """Its keyword explainer."""
+    return KeywordExplainer(planted_contexts())
+
+
+def contexts_of(z, index):
+    """Contexts whose head weights do not matter; ``z`` may be boolean [n, M]."""
+    return Contexts(sparse.csr_array(z).astype(float), index, np.zeros(z.shape[1]))

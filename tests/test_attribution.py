@@ -6,7 +6,7 @@ import torch
 from sarmlib.errors import DataError, ModelError
 from sarmlib.sarm.attribution import explain, explain_pair
 from sarmlib.sarm.model import ScalarRewardModel
-from tests.tiny import conversation, tiny_config, tiny_sarm, tiny_tokenizer
+from tests.tiny import conversation, tiny_backbone, tiny_sarm, tiny_tokenizer
 
 TALK = conversation("w5 w6", "w7 w8 w9")
 
@@ -21,41 +21,51 @@ def test_every_active_feature_and_the_exact_sum(settings):
     assert list(table["w"]) == model.score.weight[0, table["feature"].tolist()].tolist()
     assert table["contribution"].abs().is_monotonic_decreasing
     assert found.token == "<eot>" and found.rest == 0
-    assert "reward" in found._repr_html_() and "&lt;eot&gt;" in found._repr_html_()
 
 
-def test_top_keeps_the_largest_and_the_rest_completes_the_sum():
-    found = explain(tiny_sarm(), tiny_tokenizer(), TALK, top=2, labels={0: "zero"})
-    assert len(found.table) == 2 and found.n_active > 2 and "label" in found.table
+def test_an_explanation_reads_well_as_text():
+    found = explain(tiny_sarm(), tiny_tokenizer(), TALK, top=2, labels=dict.fromkeys(range(64), "politeness"))
+    first, header, *rows = str(found).splitlines()
+    assert first == (f"reward {found.reward:+.2f} at token '<eot>' = sum of 4 features "
+                     f"(2 more features: {found.rest:+.2f})")
+    assert header.split() == ["label", "feature", "z", "w", "contribution"]
     assert found.table["contribution"].sum() + found.rest == pytest.approx(found.reward, abs=1e-5)
-    with pytest.raises(DataError, match="top"):
-        explain(tiny_sarm(), tiny_tokenizer(), TALK, top=0)
+    assert len(rows) == 2 and "politeness" in rows[0] and f"{found.table['z'][0]:+.4f}" in rows[0]
+    same = explain_pair(tiny_sarm(), tiny_tokenizer(), "w5", "w6", "w6")  # every feature pays nothing
+    assert str(same).startswith("margin +0.00 at token") and len(same.table) == 4 and "contribution +" not in str(same)
+    assert not any(str(feature) in str(same).partition("\n")[2].split() for feature in same.table["feature"])
 
 
 def test_pair_differences_sum_to_the_margin():
     model, tokenizer = tiny_sarm(), tiny_tokenizer()
-    found = explain_pair(model, tokenizer, "w5 w6", "w7 w8", "w9")
-    one, other = (explain(model, tokenizer, conversation("w5 w6", answer)) for answer in ("w7 w8", "w9"))
-    assert found.reward == pytest.approx(one.reward - other.reward, abs=1e-6)
+    found = explain_pair(model, tokenizer, "w5 w6", "w7 w8", "")
+    one, other = (explain(model, tokenizer, conversation("w5 w6", answer)) for answer in ("w7 w8", ""))
+    assert found.reward == pytest.approx(one.reward - other.reward, abs=1e-5)
     assert found.table["contribution"].sum() == pytest.approx(found.reward, abs=1e-5)
     assert set(found.table["feature"]) == set(one.table["feature"]) | set(other.table["feature"])
+    assert list(found.table) == ["feature", "z_chosen", "z_rejected", "w", "contribution"]
     assert not found.table.isna().any().any()
 
 
-def test_a_model_without_features_cannot_be_explained():
-    from sarmlib.sarm.model import ScalarRewardConfig
-
-    model = ScalarRewardModel(ScalarRewardConfig(backbone_config=tiny_config()))
+def test_what_cannot_be_explained_is_refused():
+    tokenizer = tiny_tokenizer()
     with pytest.raises(ModelError, match="no sparse features"):
-        explain(model, tiny_tokenizer(), TALK)
+        explain(ScalarRewardModel.from_backbone(tiny_backbone()), tokenizer, TALK)
+    with pytest.raises(DataError, match="top must be"):
+        explain(tiny_sarm(), tokenizer, TALK, top=0)
+    with pytest.raises(DataError, match="role 'user'"):
+        explain(tiny_sarm(), tokenizer, TALK[:1])
+    broken = tiny_sarm()
+    broken.score.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="finite"):
+        explain(broken, tokenizer, TALK)
 
 
 def test_a_head_that_is_not_linear_is_caught():
     class Shifted(type(tiny_sarm())):
-        def forward(self, *args, **kwargs):
-            output = super().forward(*args, **kwargs)
-            output.logits = output.logits + torch.tensor(0.01)
-            return output
+        def reward(self, hidden):
+            reward, code = super().reward(hidden)
+            return reward + torch.tensor(0.01), code
 
     model = tiny_sarm()
     model.__class__ = Shifted

@@ -2,70 +2,48 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast
 
-from sarmlib.chat import (
-    collate,
-    count_not_end_of_turn,
-    encode_conversation,
-    encode_conversations,
-    end_of_turn_id,
-    reward_position,
-    truncate_left,
-)
+from sarmlib import chat
+from sarmlib.chat import collate, encode_conversations, end_of_turn_id, fit_length, reward_position, truncate_left
 from sarmlib.errors import ConfigError, DataError
-from tests.tiny import TEMPLATE, conversation, tiny_tokenizer
+from tests.tiny import TEMPLATE, conversation, tiny_sarm, tiny_tokenizer
 
 BOS, EOT = 2, 5
 
 
-def text(tokenizer, ids):
-    return tokenizer.convert_ids_to_tokens(ids)
+def encode_conversation(tokenizer, messages, max_length=None):
+    return encode_conversations(tokenizer, [messages], max_length)[0]
 
 
-def test_ids_follow_the_template_and_end_with_the_turn():
-    tokenizer = tiny_tokenizer()
+@pytest.mark.parametrize("settings, expected", [
+    ({}, "<bos> <user> w1 w2 <eot> <assistant> w3 <eot>"),
+    (dict(bos_token="<eot>"), "<eot> <user> w1 w2 <eot> <assistant> w3 <eot>"),  # closes turns too
+    (dict(template=None), "<unk> w1 w2 <unk> w3 <eot>")])  # "<|user|>" is an unknown word here
+def test_ids_follow_the_template_and_end_with_the_turn(settings, expected):
+    tokenizer = tiny_tokenizer(**settings)
     ids = encode_conversation(tokenizer, conversation("w1 w2", "w3"))
-    assert text(tokenizer, ids) == ["<bos>", "<user>", "w1", "w2", "<eot>", "<assistant>", "w3", "<eot>"]
+    assert tokenizer.convert_ids_to_tokens(ids) == expected.split()
+    assert encode_conversation(tokenizer, conversation("w1", ""))[-1] == EOT
     assert end_of_turn_id(tokenizer) == EOT
+    tokenizer.chat_template = TEMPLATE.replace("<eot>", "<user>")
+    assert end_of_turn_id(tokenizer) == 3
 
 
-def adds_bos(tokenizer):
-    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    return tokenizer
-
-
-@pytest.mark.parametrize("in_template", [True, False])
-@pytest.mark.parametrize("by_tokenizer", [True, False])
+@pytest.mark.parametrize("in_template, by_tokenizer", [(True, True), (True, False), (False, True), (False, False)])
 def test_exactly_one_bos_when_template_or_tokenizer_writes_one(in_template, by_tokenizer):
     tokenizer = tiny_tokenizer(TEMPLATE if in_template else TEMPLATE.replace("{{ bos_token }}", ""))
-    tokenizer = adds_bos(tokenizer) if by_tokenizer else tokenizer
+    if by_tokenizer:
+        adds = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
+        tokenizer.backend_tokenizer.post_processor = adds
     ids = encode_conversation(tokenizer, conversation("w1 <bos> w2", "w3"))
-    if in_template or by_tokenizer:
-        assert ids[0] == BOS and ids.count(BOS) == 1
-    else:
-        assert ids[0] != BOS
-
-
-def test_a_bos_that_also_closes_turns_is_not_removed_from_the_text():
-    tokenizer = tiny_tokenizer(bos_token="<eot>")
-    ids = encode_conversation(tokenizer, conversation("w1", "w2"))
-    assert text(tokenizer, ids) == ["<eot>", "<user>", "w1", "<eot>", "<assistant>", "w2", "<eot>"]
-
-
-def test_without_a_template_the_fallback_closes_the_turn():
-    tokenizer = tiny_tokenizer(None)
-    ids = encode_conversation(tokenizer, conversation("w1", "w2"))
-    # "<|user|>" and "<|assistant|>" are unknown words to this tokenizer
-    assert text(tokenizer, ids) == ["<unk>", "w1", "<unk>", "w2", "<eot>"]
-    assert end_of_turn_id(tokenizer) == EOT
+    assert (ids[0] == BOS and ids.count(BOS) == 1) if in_template or by_tokenizer else ids[0] != BOS
 
 
 def test_white_space_after_the_end_of_turn_is_dropped():
     # The tokenizer sees the newline as a token of its own, as ChatML templates produce it.
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
     vocabulary = {"<unk>": 0, "<eot>": 1, "\n": 2, "a": 3, "b": 4}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.Split("\n", "isolated")
@@ -82,13 +60,8 @@ def test_left_truncation_keeps_bos_and_end_of_turn():
     assert truncate_left(tokenizer, [full], len(full)) == [full]
     with pytest.raises(ConfigError, match="max_length"):
         encode_conversation(tokenizer, conversation("w1", "w2"), max_length=1)
-
-
-def test_many_at_once_equals_one_by_one():
-    tokenizer = tiny_tokenizer()
-    items = [conversation("w1", "w2 w3"), conversation("w4 w5 w6", "w7"), conversation("w8", "")]
-    assert encode_conversations(tokenizer, items, 7) == [encode_conversation(tokenizer, item, 7) for item in items]
     assert encode_conversations(tokenizer, []) == []
+    assert fit_length(tiny_sarm(), 10**6) == 256 and fit_length(tiny_sarm(), 9) == 9
 
 
 @pytest.mark.parametrize("messages,match", [
@@ -107,17 +80,12 @@ def test_a_template_that_refuses_a_role_is_a_data_error():
         encode_conversation(tiny_tokenizer(template), messages)
 
 
-def test_a_rewarded_token_that_is_no_end_of_turn_is_counted_and_warned_about():
-    tokenizer = tiny_tokenizer()
+def test_what_does_not_end_its_turn_is_counted_and_a_batch_is_padded_on_the_right():
     with pytest.warns(UserWarning, match="1 conversations do not end"):
-        assert count_not_end_of_turn(tokenizer, [[2, 9, EOT], [2, 9]]) == 1
-
-
-def test_a_changed_template_is_noticed():
-    tokenizer = tiny_tokenizer()
-    assert end_of_turn_id(tokenizer) == EOT
-    tokenizer.chat_template = TEMPLATE.replace("<eot>", "<user>")
-    assert end_of_turn_id(tokenizer) == 3
+        assert chat.count_not_end_of_turn(tiny_tokenizer(), [[2, 9, EOT], [2, 9]]) == 1
+    batch = collate([[7, 8, 9], [7]], pad_id=5)
+    assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 5, 5]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
 def test_reward_position_is_the_last_attended_token_for_any_padding():
@@ -126,11 +94,3 @@ def test_reward_position_is_the_last_attended_token_for_any_padding():
     assert reward_position(mask.bool()).tolist() == [2, 3, 2, 0]
     with pytest.raises(DataError, match="without attended"):
         reward_position(torch.tensor([[1, 1], [0, 0]]))
-
-
-def test_collate_pads_on_the_right():
-    batch = collate([[7, 8, 9], [7]], pad_id=5)
-    assert batch["input_ids"].tolist() == [[7, 8, 9], [7, 5, 5]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    with pytest.raises(DataError, match="empty"):
-        collate([[1], []])

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from sarmlib.errors import ConfigError, ModelError
 from sarmlib.sae.formats import load_official
 from sarmlib.sarm.model import SarmForSequenceClassification
-from sarmlib.sarm.released import load_released, merge_official, official_settings
-from sarmlib.sarm.training import RewardTrainConfig, preference_loss, set_trainable
+from sarmlib.sarm.released import load_released, official_settings, save_official
 from tests.helpers import shared_path
+from tests.tiny import ROWS, padded, tiny_sarm
 
 GOLDEN = "data/golden/sarm_official_tiny"
 
@@ -47,6 +47,9 @@ def test_rewards_codes_and_states_equal_the_released_code(golden, models):
                 assert output.code.indices.tolist() == [row["topk_indices"] for row in case["rows"]]
                 wanted = torch.tensor([row["topk_values"] for row in case["rows"]])
                 torch.testing.assert_close(output.code.values, wanted, atol=1e-5, rtol=0)
+    ids, _ = batch_of(inputs, "batch_right_pad")  # without a mask, pads are counted by id
+    wanted = torch.tensor(expected["behaviours"]["no_attention_mask_right_pad"]["value"])
+    torch.testing.assert_close(models[False](ids).logits[:, 0], wanted, atol=1e-5, rtol=0)
 
 
 def test_rewards_in_bfloat16_agree_to_its_precision(golden):
@@ -56,13 +59,6 @@ def test_rewards_in_bfloat16_agree_to_its_precision(golden):
         with torch.inference_mode():
             logits = model(*batch_of(inputs, name)).logits[:, 0]
         torch.testing.assert_close(logits, torch.tensor(case["logit_no_topk"]), atol=3e-2, rtol=2e-2)
-
-
-def test_a_batch_without_mask_counts_pads_by_id_as_the_released_code(golden, models):
-    _, inputs, expected = golden
-    ids, _ = batch_of(inputs, "batch_right_pad")
-    wanted = torch.tensor(expected["behaviours"]["no_attention_mask_right_pad"]["value"])
-    torch.testing.assert_close(models[False](ids).logits[:, 0], wanted, atol=1e-5, rtol=0)
 
 
 def test_steering_by_head_weights_equals_the_released_steering(golden, models):
@@ -82,69 +78,61 @@ def test_steering_by_head_weights_equals_the_released_steering(golden, models):
         torch.testing.assert_close(logits, torch.tensor(spec[key]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("mode,topk,rec_level", [(0, False, False), (1, False, False), (1, True, False),
-                                                 (3, True, True), (3, False, True)])
-def test_three_training_steps_equal_the_released_code(golden, mode, topk, rec_level):
+@pytest.mark.parametrize("mode, topk, trained", [(0, False, "score"), (1, False, "score model"),
+                                                 (1, True, "score model")])
+def test_three_training_steps_equal_the_released_code(golden, mode, topk, trained):
+    """Bradley-Terry (eq. 1) into the head (mode 0), and into head and decoder (mode 1)."""
     folder, inputs, expected = golden
-    run = next(run for run in expected["train"]["runs"]
-               if (run["mode"], run["use_topk"], run["sequence_level"]) == (mode, topk, rec_level))
+    run = next(run for run in expected["train"]["runs"] if (run["mode"], run["use_topk"]) == (mode, topk))
     model = load_released(folder, layer=4, k=3, top_k=topk)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.partition(".")[0] in trained)
     ids, mask = batch_of(inputs, "pairs_train")
-    order = [0, 2, 1, 3]  # recorded as chosen, rejected, chosen, rejected; ours has all chosen first
-    batch = {"input_ids": ids[order], "attention_mask": mask[order]}
-    set_trainable(model, mode)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.001)
-    config = RewardTrainConfig(mode=mode, rec_coef=1.0)
-    names = {"sae.b_pre": "sae.pre_bias", "sae.b_enc": "sae.latent_bias", "sae.W_enc": "sae.encoder.weight",
-             "sae.W_dec": "sae.decoder.weight"}
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=1e-3, weight_decay=0.001)
     for step in run["steps"]:
-        losses, rewards = preference_loss(model, batch, config)
-        torch.testing.assert_close(rewards[[0, 2, 1, 3]], torch.tensor(step["rewards"]), atol=1e-5, rtol=3e-5)
-        assert losses.mean().item() == pytest.approx(step["loss"], abs=1e-5)
+        rewards = model(ids, mask).logits[:, 0]  # chosen, rejected, chosen, rejected
+        torch.testing.assert_close(rewards, torch.tensor(step["rewards"]), atol=1e-5, rtol=3e-5)
+        loss = -torch.nn.functional.logsigmoid(rewards[0::2] - rewards[1::2]).mean()
+        assert loss.item() == pytest.approx(step["bt_loss"], abs=1e-5)
         optimizer.zero_grad()
-        losses.mean().backward()
-        norms = {names.get(name, name): float(parameter.grad.norm()) for name, parameter in model.named_parameters()
+        loss.backward()
+        norms = {name: float(parameter.grad.norm()) for name, parameter in model.named_parameters()
                  if parameter.grad is not None}
         for name, norm in step["grad_norms"].items():
             assert norms[name] == pytest.approx(norm, abs=2e-5, rel=1e-5), name
         optimizer.step()
-    with torch.inference_mode():
-        rewards = model(ids, mask).logits[:, 0]
+    rewards = model(ids, mask).logits[:, 0]
     torch.testing.assert_close(rewards, torch.tensor(run["rewards_after_3_steps"]), atol=1e-5, rtol=3e-5)
 
 
-def test_round_trip_through_our_own_format(golden, models, tmp_path):
-    _, inputs, _ = golden
-    models[True].save_pretrained(tmp_path)
-    again = SarmForSequenceClassification.from_pretrained(tmp_path)
-    case = batch_of(inputs, "batch_right_pad")
-    assert torch.equal(again(*case).logits, models[True](*case).logits)
-    assert again.sae_hash() == models[True].sae_hash()
-    assert not again.sae.W_enc.requires_grad and again.score.weight.requires_grad
-
-
-def test_merge_of_base_and_sae_gives_the_released_features(golden, models):
-    folder, inputs, _ = golden
-    sae_file = folder / "base" / "sae_sequence_Latent1024_Layer4_K3_tiny.pt"
-    merged = merge_official(folder / "base", sae_file)
+def test_base_and_sae_file_give_the_released_features(golden, models):
+    """The authors' merge: first l layers of a base model, an SAE file, a zero head."""
+    base, inputs, _ = golden[0] / "base", *golden[1:]
+    sae = load_official(base / "sae_sequence_Latent1024_Layer4_K3_tiny.pt")
+    merged = SarmForSequenceClassification.from_backbone_and_sae(base, sae, layer=4)
     case = batch_of(inputs, "batch_right_pad")
     ours, theirs = merged(*case), models[True](*case)
     assert torch.equal(ours.code.indices, theirs.code.indices) and torch.equal(ours.hidden, theirs.hidden)
-    assert not ours.logits.any() and merged.config.layer == 4
-    assert merged.sae_hash() == load_official(sae_file).content_hash()
+    assert not ours.logits.any() and merged.sae_hash() == sae.content_hash()
 
 
-def write_official(folder, golden, name, change_config=None, change_state=None):
+def test_our_own_model_in_the_official_layout(tmp_path):
+    model = tiny_sarm()
+    folder = save_official(model, tmp_path / "official")
+    again = load_released(folder)
+    torch.testing.assert_close(again(*padded(ROWS)).logits, model(*padded(ROWS)).logits)
+    assert again.config.k == 4 and again.config.layer == 3 and again.config.pad_token_id == 0
+    with pytest.raises(ModelError, match="normalising"):
+        save_official(tiny_sarm(normalize=False), tmp_path / "other")
+
+
+def write_official(folder, golden, name, **change):
     target = folder / name
     target.mkdir()
     config = json.loads((golden[0] / "config.json").read_text())
-    (target / "config.json").write_text(json.dumps({**config, **(change_config or {})}))
-    if change_state is None:
-        shutil.copy(golden[0] / "model.safetensors", target / "model.safetensors")
-    else:
-        state = load_file(golden[0] / "model.safetensors")
-        save_file(change_state(state), target / "model.safetensors", metadata={"format": "pt"})
+    (target / "config.json").write_text(json.dumps({**config, **change}))
+    shutil.copy(golden[0] / "model.safetensors", target / "model.safetensors")
     return target
 
 
@@ -155,7 +143,7 @@ def test_settings_come_from_the_name_the_config_or_arguments(golden, tmp_path):
     assert official_settings(without)["top_k"] is False
     assert official_settings(without, top_k=True)["top_k"] is True
     param = {"sae_source_layer": 4, "sae_latent_size": 1024, "sae_k": 3, "sarm_use_activation": True}
-    stored = write_official(tmp_path, golden, "plain", {"sarm_param": param, "auto_map": {"AutoModel": "evil.Evil"}})
+    stored = write_official(tmp_path, golden, "plain", sarm_param=param, auto_map={"AutoModel": "evil.Evil"})
     assert official_settings(stored)["source"]["k"] == "config.json"
     case = batch_of(golden[1], "single_3")
     for path in (named, stored):
@@ -166,7 +154,7 @@ def test_settings_come_from_the_name_the_config_or_arguments(golden, tmp_path):
 
 def test_missing_or_contradicting_settings_are_refused_by_name(golden, tmp_path):
     plain = write_official(tmp_path, golden, "plain")
-    with pytest.raises(ConfigError, match="layer, k, top_k"):
+    with pytest.raises(ConfigError, match="layer, k, top_k of"):
         load_released(plain)
     with pytest.raises(ConfigError, match="layer=9"):
         load_released(plain, layer=9, k=3, top_k=True)
@@ -174,22 +162,21 @@ def test_missing_or_contradicting_settings_are_refused_by_name(golden, tmp_path)
     with pytest.raises(ConfigError, match="k=5"):
         load_released(named, k=5)
     wide = write_official(tmp_path, golden, "x_Latent2048_Layer4_K3_TopK")
-    with pytest.raises(ConfigError, match="2048"):
+    with pytest.raises(ModelError, match="mismatched.*2048"):
         load_released(wide)
     with pytest.raises(ModelError, match="not a local folder"):
         load_released(tmp_path / "absent")
 
 
-def test_too_deep_a_layer_is_missing_weights_not_random_ones(golden):
-    with pytest.raises(ModelError, match=r"missing keys.*layers\.4"):
-        load_released(golden[0], layer=5, k=3, top_k=True)
-
-
 def test_missing_and_unexpected_tensors_are_refused(golden, tmp_path):
-    lacking = write_official(tmp_path, golden, "a", None,
-                             lambda state: {n: t for n, t in state.items() if n != "sae.latent_bias"})
-    with pytest.raises(ModelError, match="b_enc"):
-        load_released(lacking, layer=4, k=3, top_k=True)
-    extra = write_official(tmp_path, golden, "b", None, lambda state: {**state, "score.bias": torch.zeros(1)})
-    with pytest.raises(ModelError, match=r"score\.bias"):
-        load_released(extra, layer=4, k=3, top_k=True)
+    with pytest.raises(ModelError, match=r"missing keys.*layers\.4"):  # too deep a layer
+        load_released(golden[0], layer=5, k=3, top_k=True)
+    changes = {"b_enc": lambda state: state.pop("sae.latent_bias"),
+               r"score\.bias": lambda state: state.update({"score.bias": torch.zeros(1)})}
+    for number, (name, change) in enumerate(changes.items()):
+        state = load_file(golden[0] / "model.safetensors")
+        change(state)
+        folder = write_official(tmp_path, golden, str(number))
+        save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ModelError, match=name):
+            load_released(folder, layer=4, k=3, top_k=True)

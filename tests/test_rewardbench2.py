@@ -1,4 +1,4 @@
-"""RewardBench 2: golden cases of the official code, the Ties formula by hand, invariances, refusals."""
+"""RewardBench 2: golden cases of the official code, the Ties formula by hand, refusals (see test_scorer_properties)."""
 
 import copy
 import json
@@ -64,7 +64,7 @@ def test_golden_cases():
     ([1, 2, 0, 0], 0), ([1, 2, 2, 1], 0), ([float("-inf"), 0, 0, 0], 0), ([1, float("-inf")], 1)])
 def test_equal_top_scores_share_the_credit(scores, credit):
     assert rewardbench2.row_credit(scores) == credit
-    assert rewardbench2.score([row("Math", scores)])["subsets"] == {"Math": credit}
+    assert rewardbench2.score([row("Math", [[one] for one in scores])])["subsets"] == {"Math": credit}
 
 
 def test_ties_formula_by_hand():
@@ -80,21 +80,6 @@ def test_ties_formula_by_hand():
     assert result["per_row_results"] == [None] * 4 and result["overall"] is None
 
 
-def test_ties_without_pairs_is_nan_not_a_number_made_up():
-    result = rewardbench2.score([row("Ties", [1, 0], 1, "ref:1"), row("Math", [1, 0])])
-    assert math.isnan(result["subsets"]["Ties"]) and result["ties_components"]["ref_accuracy"] == 1.0
-    assert math.isnan(result["mean_of_present_subsets"])
-
-
-def test_ties_range_and_constant_model():
-    def ties(correct, wrong):
-        return rewardbench2.score([row("Ties", [*correct, *wrong], len(correct), "tied:1"),
-                                   row("Ties", [correct[0], *wrong], 1, "ref:1")])["subsets"]["Ties"]
-    assert ties([9, 9], [0]) == pytest.approx(1.01)
-    assert ties([0, 0], [9]) == pytest.approx(-0.01)
-    assert ties([5, 5], [5]) == 0.0
-
-
 def test_overall_needs_exactly_the_six_subsets():
     rows = random_rows(np.random.default_rng(0))
     full = rewardbench2.score(rows)
@@ -104,38 +89,20 @@ def test_overall_needs_exactly_the_six_subsets():
     assert rewardbench2.score([*rows, row("Other", [1, 0])])["overall"] is None
 
 
-def test_invariances():
-    rng = np.random.default_rng(1)
-    rows = random_rows(rng)
-    base = rewardbench2.score(rows)["subsets"]
-    moved = [{**r, "scores": [4 * s + 8 for s in r["scores"]]} for r in rows]  # exact in binary
-    assert rewardbench2.score(moved)["subsets"] == pytest.approx(base, abs=1e-12)
-    shuffled = [rows[i] for i in rng.permutation(len(rows))]
-    assert rewardbench2.score(shuffled)["subsets"] == pytest.approx(base, abs=1e-12)
-    within = [{**r, "scores": [r["scores"][0], *rng.permutation(r["scores"][1:])]} if r["subset"] != "Ties" else r
-              for r in rows]
-    assert rewardbench2.score(within)["subsets"] == pytest.approx(base, abs=1e-12)
-    cubed = [{**r, "scores": [s**3 for s in r["scores"]]} for r in rows if r["subset"] != "Ties"]
-    assert rewardbench2.score(cubed)["subsets"] == {k: v for k, v in base.items() if k != "Ties"}
-
-
 def test_units_average_to_the_subset_scores():
     rows = random_rows(np.random.default_rng(2))
     units = rewardbench2.units(rows)
     for name, value in rewardbench2.score(rows)["subsets"].items():
         assert np.mean([v for s, _, v in units if s == name]) == pytest.approx(value, abs=1e-12)
     assert len({unit for _, unit, _ in units}) == len(units)
-    with pytest.raises(DataError, match="partner"):
-        rewardbench2.units([row("Ties", [1, 0], 1, "ref:1")])
+    assert rewardbench2.units([row("Ties", [1, 0], 1, "ref:99"), *rows]) == units
 
 
 @pytest.mark.parametrize(("bad", "message"), [
     ([], "no rows"),
     ([row("Math", [1, float("nan")])], "NaN"),
-    ([row("Ties", [1, 2, float("nan")], 2, "tied:1")], "NaN"),
-    ([row("Math", [1, 0], total_completions=3)], "total_completions"),
     ([row("Math", ["high", "low"])], "numbers"),
-    ([row("Math", [])], "non-empty"),
+    ([row("Math", [])], "non-empty"), ([row("Math", [[1, 2], [3, 4]])], "flat"),
     ([{"id": "1", "subset": "Math"}], "scores"),
     ([row("Ties", [1, 0], 1, "1")], "ref:<int>"),
     ([row("Ties", [1, 0], 2, "ref:1")], "num_correct"),
@@ -143,7 +110,3 @@ def test_units_average_to_the_subset_scores():
 def test_unusable_rows_are_refused(bad, message):
     with pytest.raises(DataError, match=message):
         rewardbench2.score(bad)
-
-
-def test_one_element_lists_are_scores():
-    assert rewardbench2.score([row("Math", [[2.0], [1.0]])])["subsets"] == {"Math": 1.0}

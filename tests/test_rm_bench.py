@@ -1,4 +1,4 @@
-"""RM-Bench: golden cases of the official code, strictness, pooling, invariances, refusals."""
+"""RM-Bench: golden cases of the official code, strictness, pooling, refusals (see test_scorer_properties)."""
 
 import copy
 import json
@@ -53,17 +53,6 @@ def test_matrix_orientation_and_strictness():
     assert only == pytest.approx({"hard_acc": 0.0, "normal_acc": 2 / 3, "easy_acc": 1.0})
 
 
-def test_constant_model_scores_zero():
-    samples = [sample(d, [1, 1, 1], [1, 1, 1]) for d in rm_bench.DOMAINS]
-    assert set(rm_bench.score(samples).values()) == {0.0}
-
-
-def test_safety_pools_rows_of_both_kinds():
-    others = [sample(d, [1] * 3, [0] * 3) for d in ("chat", "math", "code")]
-    safety = [sample("safety-refuse", [1] * 3, [0] * 3)] * 3 + [sample("safety-response", [0] * 3, [1] * 3)]
-    assert rm_bench.score(others + safety)["safety"] == 0.75
-
-
 def test_missing_domain_is_reported_never_averaged_away():
     samples = [s for s in random_samples(np.random.default_rng(0)) if s["domain"] != "math"]
     with pytest.raises(DataError, match="math"):
@@ -75,46 +64,13 @@ def test_missing_domain_is_reported_never_averaged_away():
     assert part["n_rows"] == {"chat": 10, "code": 10, "safety": 20}
 
 
-def test_score_present_agrees_with_score_when_complete():
-    samples = random_samples(np.random.default_rng(1))
-    full = rm_bench.score(samples)
-    assert {k: rm_bench.score_present(samples)[k] for k in full} == full
-
-
-def test_unknown_domain_is_named():
-    samples = [*random_samples(np.random.default_rng(2)), sample("poetry", [0] * 3, [1] * 3)]
-    with pytest.warns(UserWarning, match="poetry"):
-        assert rm_bench.score(samples) == rm_bench.score(samples[:-1])
-    assert rm_bench.score_present(samples)["unknown"] == {"poetry": 1}
-
-
-def test_invariances():
-    rng = np.random.default_rng(3)
-    samples = random_samples(rng)
-    base = rm_bench.score(samples)
-    changed = [{**s, **{k: [float(np.exp(v) * 5 - i) for v in s[k]] for k in ("score_chosen", "score_rejected")}}
-               for i, s in enumerate(samples)]  # any increasing map, different per sample
-    assert rm_bench.score(changed) == base
-    assert rm_bench.score([samples[i] for i in rng.permutation(len(samples))]) == pytest.approx(base, abs=1e-12)
-    distinct = [sample(s["domain"], rng.normal(size=3), rng.normal(size=3)) for s in samples]
-    swapped = [{**s, "score_chosen": s["score_rejected"], "score_rejected": s["score_chosen"]} for s in distinct]
-    total, flipped = rm_bench.score(distinct), rm_bench.score(swapped)
-    assert total["total_avg_acc"] + flipped["total_avg_acc"] == pytest.approx(1)
-    assert total["hard_acc"] + flipped["easy_acc"] == pytest.approx(1)  # the matrix is transposed as well
-
-
-def test_total_is_the_mean_of_domains_and_of_levels():
-    result = rm_bench.score(random_samples(np.random.default_rng(4)))
-    assert result["total_avg_acc"] == pytest.approx(np.mean([result[d] for d in rm_bench.DOMAINS]))
-    assert result["total_avg_acc"] == pytest.approx(np.mean([result[k] for k in rm_bench.LEVELS]))
-
-
-def test_units_average_to_the_domain_scores():
-    samples = random_samples(np.random.default_rng(5))
+def test_total_is_the_mean_of_domains_and_of_levels_and_units_average_to_it():
+    samples = random_samples(np.random.default_rng(4))
     units, result = rm_bench.units(samples), rm_bench.score(samples)
     for name in rm_bench.DOMAINS:
         assert np.mean([v for d, _, v in units if d == name]) == pytest.approx(result[name])
-    assert len({unit for _, unit, _ in units}) == len(samples)
+    assert result["total_avg_acc"] == pytest.approx(np.mean([result[d] for d in rm_bench.DOMAINS]))
+    assert result["total_avg_acc"] == pytest.approx(np.mean([result[k] for k in rm_bench.LEVELS]))
 
 
 @pytest.mark.parametrize(("bad", "message"), [
@@ -123,9 +79,8 @@ def test_units_average_to_the_domain_scores():
     ([sample("chat", [1, 2, float("nan")], [0, 0, 0])], "three numbers"),
     ([sample("chat", ["a", "b", "c"], [0, 0, 0])], "three numbers"),
     ([{"id": 1, "domain": "chat", "score_chosen": [1, 2, 3]}], "score_rejected"),
-    ([sample("chat", [1] * 3, [0] * 3), sample(None, [1] * 3, [0] * 3)], "sample 1"),
-    ([sample("poetry", [1] * 3, [0] * 3)], "known domain"),
-    ([sample("chat", [1] * 3, [0] * 3) | {"domain": 3}], "domain must be a string")])
+    ([sample("chat", [1] * 3, [0] * 3), sample(None, [1] * 3, [0] * 3)], "to every sample or to none"),
+    ([sample("poetry", [1] * 3, [0] * 3)], "no domain .poetry")])
 def test_unusable_samples_are_refused(bad, message):
     with pytest.raises(DataError, match=message):
         rm_bench.score_present(bad)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from sarmlib.sae.kernels import Pairs, rows_dot, sparse_decode, topk, topk_autoencode, topk_encode
+from sarmlib.sae.kernels import sparse_decode, topk, topk_autoencode, topk_encode
 
 D, M, K, B = 6, 24, 4, 5
 
@@ -16,6 +16,11 @@ def weights(dtype=torch.float64, seed=0):
         return (torch.randn(*shape, generator=generator, dtype=dtype) * scale).requires_grad_()
 
     return dict(W_enc=draw(M, D), b_pre=draw(D, scale=0.3), b_enc=draw(M, scale=0.3), W_dec=draw(M, D)), draw(B, D)
+
+
+def autoencode(x, W_enc, *args, dtype=None):
+    workspace = torch.full((B + 3, M), float("nan"), dtype=dtype or W_enc.dtype)
+    return topk_autoencode(x.detach(), W_enc, *args, workspace=workspace)
 
 
 def dense_code(x, W_enc, b_pre, b_enc, k, relu):
@@ -38,10 +43,14 @@ def test_autoencode_equals_dense_autograd(bias, relu, k):
     code = dense_code(x.detach(), p["W_enc"], p["b_pre"], b_enc, k, relu)
     dense = code @ p["W_dec"] + p["b_pre"]
     wanted = torch.autograd.grad(dense, used, g)
-    x_hat, indices, values = topk_autoencode(x.detach(), p["W_enc"], p["b_pre"], b_enc, p["W_dec"], k, relu)
+    x_hat, indices, values = autoencode(x, p["W_enc"], p["b_pre"], b_enc, p["W_dec"], k, relu)
     torch.testing.assert_close(x_hat, dense)
     torch.testing.assert_close(torch.zeros_like(code).scatter(-1, indices, values), code)
-    torch.testing.assert_close(torch.autograd.grad(x_hat, used, g), wanted)
+    got = torch.autograd.grad(x_hat, used, g)
+    torch.testing.assert_close(got[:-1], wanted[:-1])
+    radial = (wanted[-1] * p["W_dec"]).sum(-1, keepdim=True)
+    torch.testing.assert_close(got[-1], (wanted[-1] - radial * p["W_dec"]).detach())  # no radial part in W_dec's
+    assert radial.abs().max() > 1e-3
 
     composed = sparse_decode(*topk_encode(x, p["W_enc"], p["b_pre"], b_enc, k, relu), p["W_dec"]) + p["b_pre"]
     torch.testing.assert_close(torch.autograd.grad(composed, used, g), wanted)
@@ -52,51 +61,44 @@ def test_gradcheck_of_every_kernel():
     W_enc, b_pre, b_enc, W_dec = p.values()
     for relu in (True, False):
         assert gradcheck(lambda *a, r=relu: topk_encode(*a, K, r)[1], (x, W_enc, b_pre, b_enc))
-        parameters = (W_enc, b_pre, b_enc, W_dec)
-        assert gradcheck(lambda *p, r=relu: topk_autoencode(x.detach(), *p, K, r)[0], parameters)
+        assert gradcheck(lambda *p, r=relu: autoencode(x, *p, W_dec.detach(), K, r)[0], (W_enc, b_pre, b_enc))
     indices = torch.randint(M, (B, K), generator=torch.Generator().manual_seed(1))
     values = torch.randn(B, K, dtype=torch.float64, requires_grad=True)
     assert gradcheck(lambda v, w: sparse_decode(indices, v, w), (values, W_dec))
 
 
-def test_gradient_of_the_state_through_a_frozen_encoder():
-    """What the reward model needs: only x gets a gradient, and it is the dense one."""
-    p, x = weights()
-    p = {name: tensor.detach() for name, tensor in p.items()}
-    w = torch.randn(M, dtype=torch.float64)
-    indices, values = topk_encode(x, p["W_enc"], p["b_pre"], p["b_enc"], K, False)
-    (got,) = torch.autograd.grad((values * w[indices]).sum(), x)
-    (wanted,) = torch.autograd.grad((dense_code(x, p["W_enc"], p["b_pre"], p["b_enc"], K, False) @ w).sum(), x)
-    torch.testing.assert_close(got, wanted)
-
-
-def test_tangent_removes_exactly_the_radial_part():
-    p, x = weights()
-    unit = torch.nn.functional.normalize(p["W_dec"].detach(), dim=-1).requires_grad_()
-    args = (x.detach(), p["W_enc"], p["b_pre"], None, unit, K, True)
-    plain = torch.autograd.grad(topk_autoencode(*args)[0].square().sum(), unit)[0]
-    tangent = torch.autograd.grad(topk_autoencode(*args, tangent=True)[0].square().sum(), unit)[0]
-    torch.testing.assert_close(tangent, plain - (plain * unit).sum(-1, keepdim=True) * unit)
-    assert (plain * unit).sum(-1).abs().max() > 1e-3
-    assert (tangent * unit).sum(-1).abs().max() < 1e-12
-
-
-def test_workspace_changes_nothing_and_may_be_larger_than_the_batch():
+def test_a_bfloat16_workspace_rounds_only_the_code():
     p, x = weights(torch.float32)
-    args = (x.detach(), p["W_enc"], p["b_pre"], p["b_enc"], p["W_dec"], K, True)
-    plain = topk_autoencode(*args)
-    with_space = topk_autoencode(*args, workspace=torch.full((B + 3, M), float("nan")))
-    for a, b in zip(plain, with_space, strict=True):
-        torch.testing.assert_close(a, b)
+    args = (x, p["W_enc"], p["b_pre"], p["b_enc"], p["W_dec"], K, True)
+    plain, rounded = autoencode(*args)[0], autoencode(*args, dtype=torch.bfloat16)[0]
+    assert rounded.dtype == torch.float32 and 0 < (plain - rounded).abs().max() < 0.1 * plain.abs().max()
 
 
-def test_matmul_dtype_rounds_only_the_code():
+@pytest.mark.parametrize("kernel", ["encode", "autoencode", "decode"])
+def test_autocast_and_bfloat16_gradients_meet_float32_weights(kernel):
+    """Values as without autocast; a bfloat16 gradient gives that of its float32 copy, in the weights' type."""
     p, x = weights(torch.float32)
-    args = (x.detach(), p["W_enc"], p["b_pre"], p["b_enc"], p["W_dec"], K, True)
-    exact, rounded = topk_autoencode(*args)[0], topk_autoencode(*args, matmul_dtype=torch.bfloat16)[0]
-    assert rounded.dtype == torch.float32
-    assert not torch.equal(exact, rounded)
-    assert (exact - rounded).abs().max() < 0.1 * exact.abs().max()
+    W_enc, b_pre, b_enc, W_dec = p.values()
+    indices = torch.arange(K).repeat(B, 1)
+
+    def run(x):
+        if kernel == "encode":
+            return topk_encode(x, W_enc, b_pre, b_enc, K, True)[1], [x, W_enc, b_pre, b_enc]
+        if kernel == "decode":
+            return sparse_decode(indices, x[:, :K], W_dec), [x, W_dec]
+        return autoencode(x, W_enc, b_pre, b_enc, W_dec, K, True)[0], [W_enc, b_pre, b_enc, W_dec]
+
+    half = x.detach().bfloat16().requires_grad_()
+    wanted, used = run(half.detach().float().requires_grad_())
+    g = torch.randn(wanted.shape, generator=torch.Generator().manual_seed(3)).bfloat16()
+    wanted_grads = torch.autograd.grad(wanted, used, g.float())
+    with torch.autocast("cpu", torch.bfloat16):
+        got, used = run(half)
+        assert torch.equal(got, wanted) and got.dtype == torch.float32
+        grads = torch.autograd.grad(got, used, g)
+    for a, b, tensor in zip(grads, wanted_grads, used, strict=True):
+        assert a.dtype == tensor.dtype
+        torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.05)
 
 
 @pytest.mark.parametrize("n, m, k", [(7, 64, 3), (3, 1024, 3), (2, 4096, 12), (5, 100, 7), (2, 8, 8), (1, 61, 1)])
@@ -112,17 +114,5 @@ def test_topk_with_ties_keeps_the_right_values_without_repeats():
     values, indices = topk(a, 6)
     assert torch.equal(values, a.topk(6).values)
     assert torch.equal(values, a.gather(1, indices))
-    assert all(len(set(row.tolist())) == 6 for row in indices)
-
-
-def test_pairs_scatter_and_rows_dot():
-    generator = torch.Generator().manual_seed(2)
-    indices = torch.randint(M, (B, K), generator=generator)
-    values, src = torch.randn(B, K, generator=generator), torch.randn(B, D, generator=generator)
-    wanted = torch.zeros(M, D)
-    for b in range(B):
-        for j in range(K):
-            wanted[indices[b, j]] += values[b, j] * src[b]
-    torch.testing.assert_close(Pairs(indices, M).scatter(src, values), wanted)
-    W = torch.randn(M, D, generator=generator)
-    torch.testing.assert_close(rows_dot(indices, src, W), torch.einsum("bkd,bd->bk", W[indices], src))
+    for row in range(16):  # a row alone keeps what it keeps in a batch
+        assert len(set(indices[row].tolist())) == 6 and torch.equal(topk(a[row : row + 1], 6)[1][0], indices[row])

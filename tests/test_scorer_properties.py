@@ -48,8 +48,7 @@ def samples(draw):
 
 
 def rb2(found) -> dict:
-    result = rewardbench2.score(found)
-    return result["subsets"]
+    return rewardbench2.score(found)["subsets"]
 
 
 def mapped(found, function, keys=("scores", "score_chosen", "score_rejected")):
@@ -78,45 +77,12 @@ def test_rewardbench2_ignores_the_order_of_rows_and_of_the_rejected(found, rng):
 @quick
 @given(rows(), SHIFT, SCALE)
 def test_rewardbench2_ignores_shift_and_positive_scale(found, shift, scale):
-    """Ties too: gaps and spreads scale together, so every comparison and every gap/spread stays."""
-    assert close(rb2(found), rb2(mapped(found, lambda v: scale * v + shift)))
-
-
-@quick
-@given(rows())
-def test_best_of_n_but_not_ties_ignores_any_rising_function(found):
-    cubed = rb2(mapped(found, lambda v: v**3 + v))
-    for name, value in rb2(found).items():
-        if name != "Ties":
-            assert cubed[name] == pytest.approx(value, abs=1e-12)
-
-
-@quick
-@given(st.integers(1, 6), GRID, st.integers(0, 5))
-def test_k_equal_top_scores_earn_one_kth(k, top, lower):
-    scores = [top] * k + [top - 1.0] * lower
-    assert rewardbench2.row_credit(scores) == 1 / k
-    assert rewardbench2.row_credit([top - 0.25, *scores]) == 0.0
-
-
-@quick
-@given(rows())
-def test_rewardbench2_range_and_missing(found):
-    result = rewardbench2.score(found)
-    assert all(0 <= v <= 1 for name, v in result["subsets"].items() if name != "Ties")
-    assert -0.01 <= result["subsets"]["Ties"] <= 1.01
-    assert result["overall"] is None and "Safety" in result["missing_subsets"]
-
-
-@quick
-@given(rows())
-def test_raising_only_the_chosen_never_lowers_a_best_of_n_score(found):
-    raised = copy.deepcopy(found)
-    for row in raised:
-        if row["subset"] != "Ties":
-            row["scores"][0] += 0.25
-    before, after = rb2(found), rb2(raised)
-    assert all(after[name] >= before[name] for name in before)
+    """Ties too: gaps and spreads scale together.  Best of N ignores any rising function."""
+    scores, cubed = rb2(found), rb2(mapped(found, lambda v: v**3 + v))
+    assert close(scores, rb2(mapped(found, lambda v: scale * v + shift)))
+    assert all(cubed[name] == pytest.approx(scores[name]) for name in scores if name != "Ties")
+    assert all(0 <= value <= 1 for name, value in scores.items() if name != "Ties")
+    assert -0.01 <= scores["Ties"] <= 1.01
 
 
 @quick
@@ -145,12 +111,3 @@ def test_rm_bench_sides_and_ties(found):
         assert one[name] + two[name] + equal[name] == pytest.approx(1.0, abs=1e-9)
     # swapping the sides transposes the matrix: hard and easy change places
     assert one["total_avg_acc"] + two["total_avg_acc"] == pytest.approx(1 - sum(equal.values()) / 4, abs=1e-9)
-
-
-@quick
-@given(samples())
-def test_rm_bench_each_difference_of_rank_moves_only_its_own_domain(found):
-    changed = [{**row, "score_chosen": [v + 100 for v in row["score_chosen"]]} if row["domain"] == "math" else row
-               for row in found]
-    before, after = rm_bench.score(found), rm_bench.score(changed)
-    assert after["math"] == 1.0 and all(before[d] == after[d] for d in ("chat", "code", "safety"))

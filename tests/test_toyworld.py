@@ -1,24 +1,18 @@
 """The toy world says what is true: every answer is judged again here, from its text and its prompt alone."""
 
+import hashlib
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 
 import pytest
 from transformers import AutoTokenizer
 
-from sarmlib.chat import encode_conversation
-from sarmlib.data.benchmarks import check_rewardbench2, check_rm_bench, load_rewardbench2
-from sarmlib.data.preferences import load_pairs
-from sarmlib.data.toyworld import datasets, probe
+from sarmlib.chat import encode_conversations
+from sarmlib.data.toyworld import BACKBONE_DIR, datasets
 from sarmlib.data.toyworld import lexicon as lx
-from sarmlib.data.toyworld.grammar import TASKS, make_problem, remarks
-from sarmlib.data.toyworld.pretrain import BACKBONE_DIR
+from sarmlib.data.toyworld.grammar import TASKS, make_problem
 from sarmlib.data.toyworld.tokenizer import build_tokenizer
-from tests.helpers import ROOT
 
 SIGNS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
@@ -88,17 +82,6 @@ def test_good_means_good(task):
             assert answer.refusal == refuses(answer.text)
 
 
-def test_style_and_tone_are_what_the_text_shows():
-    rng = random.Random(1)
-    for number in range(600):
-        answer = make_problem(TASKS[number % len(TASKS)], rng).answer(number % 2 == 0, rng)
-        fillers = sum(filler in answer.text for filler in lx.FILLERS)
-        opened = [tone for tone in ("polite", "rude") if any(o in answer.text for o in lx.OPENINGS[tone])]
-        assert opened == ([] if answer.tone == "neutral" else [answer.tone])
-        assert fillers == (0 if answer.style == "concise" else 2)
-        assert ("# Answer\n- " in answer.text) == (answer.style == "markdown") == ("\n" in answer.text)
-
-
 def test_concepts_are_the_truth_about_the_conversation():
     rng = random.Random(2)
     for number in range(900):
@@ -114,38 +97,6 @@ def test_concepts_are_the_truth_about_the_conversation():
         wanted |= {"refusal"} if refuses(answer.text) else set()
         assert held == wanted, (problem.prompt, answer.text)
 
-
-def test_the_remarks_say_what_is_true_and_the_verdict_comes_first_most_often():
-    rng, first = random.Random(3), 0
-    for number in range(2000):
-        answer = make_problem(TASKS[number % len(TASKS)], rng).answer(rng.random() < 0.5, rng)
-        said = remarks(answer, rng).strip(" .").split(". ")
-        true = {lx.VERDICTS[answer.task][not answer.good], lx.TONE_REMARKS[answer.tone],
-                lx.STYLE_REMARKS[answer.style], lx.SUBJECT_REMARKS[answer.task]}
-        assert 1 <= len(said) <= 3 and set(said) <= true and len(set(said)) == len(said)
-        first += said[0] == lx.VERDICTS[answer.task][not answer.good]
-    assert 0.5 < first / 2000 < 0.8
-
-
-def test_words_belong_to_one_list_so_that_no_wrong_answer_is_right():
-    for lists in (lx.TOPICS, lx.CATEGORIES):
-        words = [word for part in lists.values() for word in part]
-        assert len(set(words)) == len(words)
-    for attribute, values in lx.ATTRIBUTES.items():
-        counts = [list(lx.FACTS[p, attribute] for p in lx.PLACES).count(v) for v in values]
-        assert min(counts) >= 1 and max(counts) <= 3
-
-
-def test_both_sides_of_the_sums_hold_odd_and_even_results():
-    sides = [lx.sums("pairs"), lx.sums("benchmark")]
-    assert len(sides[0]) + len(sides[1]) == 100 and not set(sides[0]) & set(sides[1])
-    for side in sides:
-        assert 45 <= len(side) <= 55 and all((b, a) in side for a, b in side)
-        odd = sum((a + b) % 2 for a, b in side) / len(side)
-        assert 0.35 < odd < 0.65, f"{odd:.0%} of the sums of one side are odd: parity would tell right from wrong"
-
-
-# -- data sets -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def pairs():
@@ -185,20 +136,6 @@ def test_pairs_prefer_the_good_answer_or_the_friendly_one(pairs):
     assert max(shares) - min(shares) < 0.01
 
 
-def test_label_noise_is_the_share_of_swapped_pairs(pairs):
-    flipped = [row["additional_metadata"]["flipped"] for row in pairs]
-    assert abs(sum(flipped) / len(flipped) - 0.1) < 3 * (0.09 / len(flipped)) ** 0.5
-    clean = datasets.preference_pairs(300, 0, label_noise=0.0)
-    assert not any(row["additional_metadata"]["flipped"] for row in clean)
-    assert sum(r["additional_metadata"]["flipped"] for r in datasets.preference_pairs(50, 0, label_noise=1.0)) == 50
-
-
-def test_chosen_answers_are_dressed_up_more_often(pairs):
-    plain = {side: sum("\n" not in r[side][1]["content"] and not any(f in r[side][1]["content"] for f in lx.FILLERS)
-                       for r in pairs) for side in ("chosen", "rejected")}
-    assert 1.3 * plain["chosen"] < plain["rejected"]
-
-
 def test_benchmark_answers_are_right_and_wrong_as_labelled(benchmarks):
     for name, rows in benchmarks.items():
         for row in rows:
@@ -208,24 +145,6 @@ def test_benchmark_answers_are_right_and_wrong_as_labelled(benchmarks):
             for (text, good), concepts in zip(sides, truth["concepts"], strict=True):
                 assert judge(row["prompt"], core_of(text)) == (truth["task"], good), (name, row["id"])
                 assert ("good" in concepts) == good and not any(o in text for o in lx.OPENINGS["rude"])
-
-
-def test_rm_bench_styles_are_in_order_and_change_nothing_else(benchmarks):
-    for row in benchmarks["rm_bench"]:
-        for side in ("chosen", "rejected"):
-            concise, detailed, markdown = row[side]
-            assert len(concise) < len(detailed) and "\n" not in detailed and "# Answer" in markdown
-            assert core_of(concise) == core_of(detailed) == core_of(markdown)
-
-
-def test_domains_and_subsets_have_the_asked_number_of_rows():
-    rows = datasets.rm_bench(8, 0)
-    counts = {d: sum(r["domain"] == d for r in rows) for d in datasets.RM_BENCH_DOMAINS}
-    assert counts == {"chat": 8, "math": 8, "code": 8, "safety-refuse": 4, "safety-response": 4}
-    rows = datasets.rewardbench2(8, 0)
-    counts = {s: sum(r["subset"] == s for r in rows) for s in (*datasets.REWARDBENCH2_SUBSETS, "Ties")}
-    assert counts == dict.fromkeys(datasets.REWARDBENCH2_SUBSETS, 8) | {"Ties": 4}
-    assert [len(r["chosen"]) for r in rows if r["subset"] == "Ties"] == [5, 1, 5, 1]
 
 
 def tokens(text):
@@ -256,45 +175,13 @@ def test_benchmark_items_hold_what_no_pair_holds():
         assert len(set(words) & used) == len(words) - len(words) // 2, f"{name}: the benchmarks use only a few"
 
 
-def test_rows_load_through_the_loaders_of_the_real_data_sets(pairs, benchmarks):
-    loaded = load_pairs(pairs)
-    assert len(loaded) == len(pairs) and not loaded.report.dropped
-    assert loaded[0]["chosen"] == pairs[0]["chosen"][1]["content"] and loaded[0]["prompt"] == pairs[0]["chosen"][:1]
-    for row in benchmarks["rm_bench"]:
-        assert check_rm_bench(row) == row
-    for row in benchmarks["rewardbench2"]:
-        assert check_rewardbench2(row) == row
-    notes = load_rewardbench2(benchmarks["rewardbench2"]).report.notes
-    assert not any("missing" in note or "unknown" in note or "partner" in note for note in notes)
+def test_the_worlds_own_bytes():
+    """Every number of the toy profile was measured on this text."""
+    made = json.dumps([list(datasets.corpus(300, "golden")), datasets.preference_pairs(100, 0),
+                       datasets.preference_pairs(50, 1, split="eval"), datasets.rm_bench(20, 0),
+                       datasets.rewardbench2(20, 0)])
+    assert hashlib.sha256(made.encode()).hexdigest()[:16] == "38ff9d6e40d90a4e"
 
-
-def everything(seed):
-    return [datasets.preference_pairs(60, seed), datasets.preference_pairs(30, seed, split="eval"),
-            datasets.rm_bench(12, seed), datasets.rewardbench2(12, seed), list(datasets.corpus(60, seed)),
-            [datasets.lesson(share, random.Random(seed)) for share in (0.15, 0.5, 1.0)],
-            probe.conversations(TASKS, 20, "pairs", seed)[1]]
-
-
-def test_a_seed_gives_the_same_data_in_any_process():
-    assert everything(0) == everything(0)
-    for one, other in zip(everything(0), everything(1), strict=True):
-        assert one != other
-    code = ("import json; from sarmlib.data.toyworld import datasets as d; "
-            "print(json.dumps([d.preference_pairs(60, 0), d.preference_pairs(30, 0, split='eval'), d.rm_bench(12, 0), "
-            "d.rewardbench2(12, 0), list(d.corpus(60, 0))]))")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True,
-                         env={**os.environ, "PYTHONHASHSEED": "7"}).stdout
-    assert json.loads(out) == everything(0)[:5]
-
-
-def test_training_and_evaluation_pairs_differ():
-    train, held = (datasets.preference_pairs(200, 0, split=s) for s in ("train", "eval"))
-    assert not {r["id"] for r in train} & {r["id"] for r in held}
-    assert len(set(pair_texts(train)) & set(pair_texts(held))) < 150  # a small world: some dialogues return
-    assert train[:50] == datasets.preference_pairs(50, 0)
-
-
-# -- tokenizer -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def tokenizer():
@@ -302,37 +189,21 @@ def tokenizer():
 
 
 def test_no_text_of_the_world_has_an_unknown_word(tokenizer, pairs, benchmarks):
-    texts = [*pair_texts(pairs), *benchmark_texts(benchmarks), *datasets.corpus(1500, "other"),
-             *(datasets.lesson(1.0, random.Random(n)) for n in range(800)),
-             *probe.conversations(TASKS, 400, "benchmark", 5)[1]]
+    texts = [*pair_texts(pairs), *benchmark_texts(benchmarks), *datasets.corpus(1500, "other")]
     for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert tokenizer.unk_token_id not in ids, text
         assert tokenizer.decode(ids) == text
-
-
-def test_every_word_of_the_lexicon_is_one_token(tokenizer):
-    lists = [lx.PLACES, lx.KEYWORDS, lx.HARMFUL_VERBS, lx.HARMLESS_VERBS, lx.VARIABLES, lx.OBJECTS, lx.TOOLS, lx.TOPICS,
-             *lx.TOPICS.values(), lx.CATEGORIES, *lx.ATTRIBUTES.values(), *lx.VERDICTS.values()]
-    for word in {f" {word}" for words in lists for word in words} | {f" {n}" for n in range(22)}:
-        assert len(tokenizer.encode(word, add_special_tokens=False)) == 1, word
-    assert len(tokenizer) < 700
 
 
 def test_chat_template_is_dialogue(tokenizer, pairs):
     for row in pairs[:40]:
         written = datasets.dialogue(row["chosen"][0]["content"], row["chosen"][1]["content"])
         assert tokenizer.apply_chat_template(row["chosen"], tokenize=False) == written
-        ids = encode_conversation(tokenizer, row["chosen"], 128)
+        ids, = encode_conversations(tokenizer, [row["chosen"]], 128)
         assert ids == tokenizer.encode(written, add_special_tokens=False)
         assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id == 5
     asked = tokenizer.apply_chat_template(pairs[0]["chosen"][:1], tokenize=False, add_generation_prompt=True)
     assert asked.endswith("<eot><assistant>")
-
-
-def test_reward_position_fits_the_toy_profiles_window(tokenizer, pairs, benchmarks):
-    longest = max(len(ids) for ids in tokenizer(pair_texts(pairs) + benchmark_texts(benchmarks),
-                                                add_special_tokens=False)["input_ids"])
-    assert longest <= 128
 
 
 def test_the_shipped_tokenizer_is_the_one_this_code_builds(tokenizer):

@@ -9,13 +9,15 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, LlamaConfig, PreTrainedTokenizerFast
 
 from sarmlib.backbone import strip_final_norm
-from sarmlib.sae.model import TopKSAE
+from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification
 
 SPECIALS = ["<pad>", "<unk>", "<bos>", "<user>", "<assistant>", "<eot>"]
 TEMPLATE = "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}<eot>{% endfor %}"
 N_WORDS = 100
 VOCAB = len(SPECIALS) + N_WORDS
+ROWS = [[2, 10, 11, 5], [2, 12, 5, 13, 14, 15, 16, 5], [2, 5]]
+"""Token ids of three texts of different lengths."""
 
 
 def tiny_tokenizer(template: str | None = TEMPLATE, **kwargs) -> PreTrainedTokenizerFast:
@@ -24,16 +26,16 @@ def tiny_tokenizer(template: str | None = TEMPLATE, **kwargs) -> PreTrainedToken
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eot>", **kwargs}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=["<user>", "<assistant>", "<eot>"],
-                                        **names)
+    extra = ["<user>", "<assistant>", "<eot>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=extra, **names)
     tokenizer.chat_template = template
     return tokenizer
 
 
 def tiny_config(layers: int = 3, width: int = 32, **kwargs) -> LlamaConfig:
-    return LlamaConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-                       vocab_size=VOCAB, max_position_embeddings=256, pad_token_id=0, bos_token_id=2, eos_token_id=5,
-                       **kwargs)
+    return LlamaConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
+                       num_attention_heads=4, vocab_size=VOCAB, max_position_embeddings=256, pad_token_id=0,
+                       bos_token_id=2, eos_token_id=5, **kwargs)
 
 
 def tiny_backbone(config=None, seed: int = 0):
@@ -52,6 +54,17 @@ def tiny_sarm(config=None, n_features: int = 64, k: int = 4, *, head: float = 1.
     model = SarmForSequenceClassification.from_backbone_and_sae(backbone, sae, topk=topk)
     model.score.weight.data.normal_(0, head, generator=generator)
     return model
+
+
+def padded(rows: list[list[int]], side: str = "right", pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """(input_ids, attention_mask) of rows padded on one side."""
+    ids, mask = [], []
+    for row in rows:
+        gap = max(map(len, rows)) - len(row)
+        order = 1 if side == "right" else -1
+        ids.append(sum([row, [pad] * gap][::order], []))
+        mask.append(sum([[1] * len(row), [0] * gap][::order], []))
+    return torch.tensor(ids), torch.tensor(mask)
 
 
 def words(rng: random.Random, low: int, high: int) -> str:

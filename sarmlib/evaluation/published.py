@@ -1,20 +1,13 @@
 """Numbers printed in the paper (AAAI 2026, Tables 1 and 2), as data; never mixed with numbers measured here.
 
-All are RewardBench 2 scores in percent of single runs without intervals.  The paper took the baselines from the
-RewardBench 2 leaderboard; ``size`` is as printed.
+RewardBench 2 scores in percent, single runs without intervals; baselines from the leaderboard.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pandas as pd
-from safetensors import safe_open
 
-from sarmlib.errors import ModelError
-
-SOURCE = "Zhang et al., Interpretable Reward Model via Sparse Autoencoder, AAAI 2026"
-SUBSETS = ("Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties")
+NUMBERS = ["Overall", "Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties"]
 _TABLE_1 = """
 open-source|ArmoRM-Llama3-8B-v0.1|7.5B|66.5|65.7|41.9|66.1|82.2|76.6|66.3
 open-source|GRM-Llama3-8B-rewardmodel-ft|7.5B|67.7|62.7|35.0|58.5|92.2|89.3|68.2
@@ -41,9 +34,8 @@ sarm|SARM-4B|(4+0.3) B|73.6|68.5|42.5|63.9|91.3|96.0|79.6
 
 def _frame(text: str, first: str) -> pd.DataFrame:
     rows = [line.split("|") for line in text.strip().splitlines()]
-    frame = pd.DataFrame(rows, columns=[first, "model", "size", "Overall", *SUBSETS])
-    numbers = ["Overall", *SUBSETS]
-    return frame.astype({name: float for name in numbers})
+    frame = pd.DataFrame(rows, columns=[first, "model", "size", *NUMBERS])
+    return frame.astype(dict.fromkeys(NUMBERS, float))
 
 
 def table_1() -> pd.DataFrame:
@@ -54,20 +46,3 @@ def table_1() -> pd.DataFrame:
 def table_2() -> pd.DataFrame:
     """Table 2 of the paper: columns variant (our name of it), model, size, Overall and the six subsets."""
     return _frame(_TABLE_2, "variant")
-
-
-def count_parameters(folder: str | Path) -> int:
-    """Numbers stored in a model folder's safetensors files (shared weights are stored once): the size to print beside
-    the published ones.  Only the headers are read; ModelError when there are none."""
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{folder} holds no *.safetensors file whose parameters could be counted")
-    total = 0
-    for file in files:
-        with safe_open(file, framework="numpy") as weights:
-            for name in weights.keys():
-                size = 1
-                for length in weights.get_slice(name).get_shape():
-                    size *= length
-                total += size
-    return total

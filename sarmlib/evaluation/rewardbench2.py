@@ -1,14 +1,14 @@
 """RewardBench 2 scores, as allenai/reward-bench computes them (commit 05a9005, ``scripts/run_v2.py``).
 
-Best-of-N subsets: a row whose top score is shared k ways earns 1/k if the chosen completion is among the top, else 0.
-Ties subset (Malik et al. 2025, section 3 and appendix): each prompt comes as ``ref:<n>`` (one correct answer) and
-``tied:<n>`` (several).  With spread d = max - min over the correct answers and gap g = min correct - max incorrect,
+Best-of-N subsets: a row whose top score is shared k ways earns 1/k if the chosen completion is among the top.
+Ties subset (Malik et al. 2025, section 3 and appendix): each prompt comes as ``ref:<n>`` (one correct answer)
+and ``tied:<n>`` (several).  With spread d = max - min of the correct and gap g = min correct - max incorrect,
 
-    Ties = 0.30 mean(g_tied > 0) + 0.30 mean(g_ref > 0) + 0.20 mean(g_tied > d) + 0.20 mean(min(g_ref, g_tied) > d)
-           + 0.01 mean(tanh(min(g_ref, g_tied) / d - 1)),            so Ties lies in [-0.01, 1.01].
+    Ties = 0.30 mean(g_tied > 0) + 0.30 mean(g_ref > 0) + 0.20 mean(g_tied > d)
+           + 0.20 mean(min(g_ref, g_tied) > d) + 0.01 mean(tanh(min(g_ref, g_tied) / d - 1))
 
-All comparisons are strict and exact.  The overall score is the unweighted mean of the six subsets and exists only
-when exactly these six are present.  A NaN score is refused here (the official code counts it as a loss, or crashes).
+All comparisons are strict and exact.  The overall score is the unweighted mean of the six subsets and exists
+only when exactly these six are present.  A NaN score is refused (official: a loss, or a crash).
 """
 
 from __future__ import annotations
@@ -21,17 +21,12 @@ from sarmlib.data.benchmarks import REWARDBENCH2_ROWS
 from sarmlib.errors import DataError
 
 SUBSETS = tuple(REWARDBENCH2_ROWS)
-TIES_WEIGHTS = {
-    "tied_accuracy": 0.30,
-    "ref_accuracy": 0.30,
-    "correctness_preferred": 0.20,
-    "correctness_preferred_hard": 0.20,
-    "correctness_margin_score": 0.01,
-}
+TIES_WEIGHTS = {"tied_accuracy": 0.30, "ref_accuracy": 0.30, "correctness_preferred": 0.20,
+                "correctness_preferred_hard": 0.20, "correctness_margin_score": 0.01}
 
 
 def score(rows: Sequence[dict]) -> dict:
-    """Scores of a scored data set (rows with ``scores``, the chosen completions first).  The input is not changed.
+    """Scores of a scored data set (rows with ``scores``, the chosen completions first).
 
     Returns ``subsets`` {name: score}, ``overall`` (None unless exactly the six subsets are present),
     ``mean_of_present_subsets``, ``missing_subsets`` and ``n_rows`` {name: count}, ``ties_components`` (None without
@@ -74,73 +69,65 @@ def row_credit(scores: Sequence[float]) -> float:
     return 1.0 / sum(s == top for s in scores) if scores[0] == top else 0.0
 
 
-def units(rows: Sequence[dict]) -> list[tuple[str, str, float]]:
-    """(subset, unit, value) such that each subset score is the plain mean of its values: what a bootstrap resamples.
+def decision(row: dict) -> tuple[float, float]:
+    """The two scores that decide a row: chosen and best rejected; in Ties worst correct, best incorrect."""
+    n = row["num_correct"] if is_ties(row) else 1
+    return min(row["scores"][:n]), max(row["scores"][n:], default=float("nan"))
 
-    A unit is one prompt; in Ties it is one ref/tied pair, whose value is the weighted sum of its five terms (range
-    [-0.01, 1.01]).  Raises DataError when a Ties prompt lacks its partner, since the mean form does not exist then.
+
+def units(rows: Sequence[dict]) -> list[tuple[str, str, float]]:
+    """(subset, unit, value): each subset score is the plain mean of its values, which a bootstrap resamples.
+
+    A unit is one prompt; in Ties it is one ref/tied pair, whose value is the weighted sum of its five terms.
+    A Ties prompt without its partner has no such value and is left out.
     """
-    out: list[tuple[str, str, float]] = []
-    pairs: dict[str, list[dict]] = {}
-    for i, row in enumerate(rows):
-        scores = _row_scores(row, i)
-        if is_ties(row):
-            pairs.setdefault(str(row["id"]).partition(":")[2], []).append(row)
-        else:
-            out.append((row["subset"], f"{row['subset']}/{row['id']}", row_credit(scores)))
+    found = [(row["subset"], f"{row['subset']}/{row['id']}", row_credit(_row_scores(row, i)))
+             for i, row in enumerate(rows) if not is_ties(row)]
+    pairs: dict[str, dict[str, dict]] = {}
+    for row in filter(is_ties, rows):
+        kind, _, number = str(row["id"]).partition(":")
+        pairs.setdefault(number, {})[kind] = row
     for number, pair in pairs.items():
-        if {str(row["id"]).partition(":")[0] for row in pair} != {"ref", "tied"}:
-            raise DataError(f"Ties prompt {number!r} lacks its ref or tied partner: score complete pairs, or drop it")
-        value, _ = _ties(pair, [_row_scores(row, i) for i, row in enumerate(pair)])
-        out.append((pair[0]["subset"], f"{pair[0]['subset']}/{number}", value))
-    return out
+        if len(pair) == 2:
+            both, name = list(pair.values()), pair["ref"]["subset"]
+            found.append((name, f"{name}/{number}", _ties(both, [_row_scores(row, 0) for row in both])[0]))
+    return found
 
 
 def _row_scores(row: dict, i: int) -> list[float]:
-    """The scores of one row as floats (one-element lists accepted, as the official pipeline emits them), checked."""
-    where = f"row {i} (id {row.get('id')!r})" if isinstance(row, dict) else f"row {i}"
-    for field in ("id", "subset", "scores"):
-        if not isinstance(row, dict) or row.get(field) is None:
-            raise DataError(f"{where}: field {field!r} is missing; a scored row needs id, subset, num_correct, scores")
-    if not isinstance(row["subset"], str):
-        raise DataError(f"{where}: subset must be a string, got {row['subset']!r}")
+    """The scores of one row as floats, checked; the official pipeline emits them as one-element lists."""
+    where = f"row {i} (id {row.get('id')!r})"
+    if missing := [name for name in ("id", "subset", "scores") if row.get(name) is None]:
+        raise DataError(f"{where} lacks {missing[0]!r}; a scored row needs id, subset, num_correct, scores")
     try:
         scores = np.asarray(row["scores"], dtype=np.float64)
     except (TypeError, ValueError) as error:
         raise DataError(f"{where}: scores must be numbers, one per completion: {error}") from None
     scores = scores[:, 0] if scores.ndim == 2 and scores.shape[1] == 1 else scores
-    if scores.ndim != 1 or not scores.size:
-        raise DataError(f"{where}: scores must be a non-empty flat list, got shape {scores.shape}")
-    if np.isnan(scores).any():
-        raise DataError(f"{where}: score {int(np.isnan(scores).argmax())} is NaN: the model failed there; "
-                        "score again in float32 or bfloat16")
-    total = row.get("total_completions")
-    if total is not None and total != scores.size:
-        raise DataError(f"{where}: total_completions is {total} but there are {scores.size} scores; one per completion")
+    if scores.ndim != 1 or not scores.size or np.isnan(scores).any():
+        raise DataError(f"{where}: scores must be a flat, non-empty list without NaN, got {scores.tolist()}; where "
+                        "the model failed, score again in float32 or bfloat16")
     return scores.tolist()
 
 
 def _ties(rows: Sequence[dict], scores: Sequence[list[float]]) -> tuple[float, dict]:
     """Ties score and its five components over the given rows."""
-    groups: dict[tuple[str, int], tuple[list, list]] = {}
+    ref: dict[str, tuple[list, list]] = {}
+    tied: dict[str, tuple[list, list]] = {}
     for row, values in zip(rows, scores, strict=True):
-        kind, colon, number = str(row["id"]).partition(":")
-        if not colon or not number.strip().lstrip("-").isdigit():
+        kind, _, number = str(row["id"]).partition(":")
+        if kind not in ("ref", "tied") or not number.isdecimal():
             raise DataError(f"Ties id {row['id']!r} must be 'ref:<int>' or 'tied:<int>', as in the data set")
         n = row.get("num_correct")
-        if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 < n < len(values):
-            raise DataError(f"Ties row {row['id']!r}: num_correct is {n!r}; it must lie in 1..{len(values) - 1}, "
-                            "so that there is at least one correct and one incorrect completion")
-        correct, wrong = groups.setdefault((kind, int(number)), ([], []))
+        if not isinstance(n, (int, np.integer)) or not 0 < n < len(values):
+            raise DataError(f"Ties row {row['id']!r}: num_correct is {n!r}; it must lie in 1..{len(values) - 1}: "
+                            "at least one correct and one incorrect completion")
+        correct, wrong = (ref if kind == "ref" else tied).setdefault(number, ([], []))
         correct += values[:n]
         wrong += values[n:]
-    # Any prefix but "ref" counts as tied (official rule); the last group of a number is the one that is paired.
-    ref = {n: group for (kind, n), group in groups.items() if kind == "ref"}
-    tied = {n: group for (kind, n), group in groups.items() if kind != "ref"}
     pairs = [n for n in tied if n in ref]
-    for n in pairs:
-        if len(tied[n][0]) < 2:
-            raise DataError(f"Ties row 'tied:{n}' has one correct completion; its spread needs at least two")
+    if single := [n for n in pairs if len(tied[n][0]) < 2]:
+        raise DataError(f"Ties row 'tied:{single[0]}' has one correct completion; it needs at least two")
     with np.errstate(invalid="ignore", divide="ignore"):
         gaps = [{n: np.float64(min(c)) - max(w) for n, (c, w) in side.items()} for side in (ref, tied)]
         g_ref, g_tied = ([gap[n] for n in pairs] for gap in gaps)

@@ -1,10 +1,10 @@
-"""The reward models: SARM (paper eqs. 6, 7, 9) and the conventional scalar reward model it is compared with.
+"""The reward models: SARM (paper eqs. 6, 7, 9) and the conventional scalar model it is compared with.
 
     X  = RM_theta^l(T)                       backbone cut after layer l, residual stream           eq. 6
     z  = TopK(W_enc (x_last - b_pre))        frozen sparse encoder, at the reward position only     eq. 7
     r  = sum_i w_i z_i                       linear head without bias                               eq. 9
 
-Importing this module registers both classes with ``AutoConfig`` and ``AutoModelForSequenceClassification``.
+Importing this module registers both with ``AutoConfig`` and ``AutoModelForSequenceClassification``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ import copy
 import inspect
 import json
 import os
+import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,128 +24,120 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
 
-from ..backbone import _from_hub, _hub_reachable, _quiet_loading, load_backbone, n_layers, strip_final_norm
-from ..chat import reward_position
-from ..errors import ConfigError, DataError, ModelError, OfflineError, SarmlibError
-from ..sae.model import SparseCode, TopKSAE, write_atomic
+from sarmlib.backbone import load_backbone, n_layers, strip_final_norm
+from sarmlib.chat import reward_position
+from sarmlib.errors import ConfigError, DataError, ModelError
+from sarmlib.hub import quiet, weights_from_hub
+from sarmlib.sae.topk import SparseCode, TopKSAE
+from sarmlib.store import imports_of, write_atomic
+
+EXPORTED = "modeling_sarm"  # name of this module beside exported weights
+OWN_IMPORT = r"(?m)^(\s*from )(?:sarmlib\.|\.+)(?:\w+\.)*(\w+) import "  # there of a file in the same folder
 
 
 @dataclass
 class RewardOutput(ModelOutput):
     """What a reward model returns for a batch of B sequences."""
 
-    logits: Tensor | None = None
-    """[B, 1] float32: the reward r."""
-    code: SparseCode | None = None
-    """Sparse features z at the reward position (None for `ScalarRewardModel`)."""
-    hidden: Tensor | None = None
-    """[B, d]: the hidden state at the reward position, before normalisation."""
+    loss: Tensor | None = None  # scalar: mean squared error to `labels`, when they are given
+    logits: Tensor | None = None  # [B, 1] float32: the reward r
+    hidden_states: tuple[Tensor, ...] | None = None  # the backbone's, when asked for
+    attentions: tuple[Tensor, ...] | None = None  # the backbone's, when asked for
+    code: SparseCode | None = None  # z at the reward position (None for `ScalarRewardModel`)
+    hidden: Tensor | None = None  # [B, d]: the state at the reward position, before normalisation
 
 
 class _RewardConfig(PretrainedConfig):
     """Common part of both configs: a nested backbone config and the depth l at which the backbone is cut."""
 
     sub_configs = {"backbone_config": AutoConfig}
+    keys_to_ignore_at_inference = ["code", "hidden", "hidden_states", "attentions"]
 
     def __init__(self, backbone_config=None, layer: int | None = None, **kwargs):
         if isinstance(backbone_config, dict):
             settings = dict(backbone_config)
             backbone_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         if backbone_config is not None:
-            layer = n_layers(backbone_config) if layer is None else layer
-            if layer != n_layers(backbone_config):
-                raise ConfigError(f"layer={layer} but backbone_config has {n_layers(backbone_config)} layers; a reward "
-                                  "model cannot be cut again, build it from the backbone with the layer you want")
-            # Settable copies: other libraries read and write these on the outer config.
-            for name in ("hidden_size", "vocab_size", "initializer_range"):
+            depth = n_layers(backbone_config)
+            if layer not in (None, depth):
+                raise ConfigError(f"layer={layer} but backbone_config has {depth} layers; they must be equal")
+            layer = depth
+            for name in ("hidden_size", "vocab_size", "initializer_range"):  # other libraries read these here
                 kwargs[name] = getattr(backbone_config, name, None)
-            for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-                if kwargs.get(name) is None:
-                    kwargs[name] = getattr(backbone_config, name, None)
-        self.backbone_config = backbone_config
-        self.layer = layer
         if kwargs.get("id2label") is None:
-            kwargs["num_labels"] = 1
+            kwargs.setdefault("num_labels", 1)
         super().__init__(**kwargs)
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):  # the base class of transformers 5 has none
-            setattr(self, name, kwargs.get(name))
+        self.backbone_config, self.layer = backbone_config, layer
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            given = kwargs.get(name)
+            setattr(self, name, getattr(backbone_config, name, None) if given is None else given)
 
     def to_dict(self):
-        """The config as JSON types; the backbone's rope settings are written under the old keys too.
-
-        transformers 4 reads only ``rope_theta`` and ``rope_scaling`` and would silently fall back to theta 10000.
-        """
+        """As JSON types; rope settings also under the names of transformers 4, which reads no others."""
         output = super().to_dict()
         backbone = output.get("backbone_config")
         if isinstance(backbone, dict):
             backbone.pop("_name_or_path", None)  # a path of this machine is no part of the model
-            backbone.update(_rope_keys_of_transformers_4(backbone.get("rope_parameters")))
+            backbone.update(_old_rope_keys(backbone.get("rope_parameters") or {}))
         return output
 
 
-def _rope_keys_of_transformers_4(rope: dict | None) -> dict:
-    if not rope:
-        return {}
-    if "full_attention" in rope:  # one entry per layer type (Gemma 3)
-        keys, local = _rope_keys_of_transformers_4(rope["full_attention"]), rope.get("sliding_attention") or {}
-        return keys | ({"rope_local_base_freq": local["rope_theta"]} if "rope_theta" in local else {})
-    keys = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    scaling = {name: value for name, value in rope.items() if name not in ("rope_theta", "partial_rotary_factor")}
-    if scaling.get("rope_type", "default") != "default":
-        keys["rope_scaling"] = scaling
-    return keys
+def _old_rope_keys(rope: dict) -> dict:
+    local = rope.get("sliding_attention") or {}  # Gemma 3 has an entry per type of layer
+    rope = rope.get("full_attention", rope)
+    keys = {"rope_theta": rope.get("rope_theta"), "rope_local_base_freq": local.get("rope_theta")}
+    if rope.get("rope_type", "default") != "default":
+        outside = ("rope_theta", "partial_rotary_factor")
+        keys["rope_scaling"] = {name: value for name, value in rope.items() if name not in outside}
+    return {name: value for name, value in keys.items() if value is not None}
 
 
 class SarmConfig(_RewardConfig):
     """Everything that decides what a SARM computes; stored in config.json.
 
-    Args:
-        backbone_config: config of the decoder, already cut to `layer` layers.
-        layer: l, counted from 1 (paper: half depth).
-        n_features: M (paper: 16 d).  k: features kept by TopK (paper: 3/64 d).
-        encoder_bias: the encoder has a bias b_enc (released checkpoints; not in the paper's equations).
-        relu: negative activations become 0, so z_i >= 0 (off for released checkpoints).
-        normalize: hidden states are standardised before the encoder.
-        topk: False scores all M activations (then nothing is sparse; the released training recipe did this).
-        encoder: "sae" (pretrained) or "random" (paper Table 2: "a randomly initialized linear layer containing the
-            same number of parameters"); only a record, both compute the same function.
-        frozen_sae: the encoder is not trained (paper: "freeze the parameters of the pretrained SAE encoder"); obeyed
-            after every `from_pretrained`.
+    `backbone_config` has `layer` layers (paper: half depth).  n_features M (paper: 16 d), k (paper: 3/64 d),
+    encoder_bias, relu, normalize are as of `TopKSAE`; topk=False scores all M activations.
     """
 
     model_type = "sarm"
 
-    def __init__(self, backbone_config=None, layer=None, n_features: int | None = None, k: int | None = None,
-                 encoder_bias: bool = False, relu: bool = True, normalize: bool = True, topk: bool = True,
-                 encoder: str = "sae", frozen_sae: bool = True, **kwargs):
-        if encoder not in ("sae", "random"):
-            raise ConfigError(f"encoder={encoder!r} is unknown; choose 'sae' or 'random'")
-        self.n_features, self.k = n_features, k
+    def __init__(self, backbone_config=None, layer: int | None = None, n_features: int | None = None,
+                 k: int | None = None, encoder_bias: bool = False, relu: bool = True, normalize: bool = True,
+                 topk: bool = True, frozen_sae: bool = True, **kwargs):
         self.encoder_bias, self.relu, self.normalize = encoder_bias, relu, normalize
-        self.topk, self.encoder, self.frozen_sae = topk, encoder, frozen_sae
+        self.topk, self.frozen_sae, self.n_features, self.k = topk, frozen_sae, n_features, k
+        for name in ("encoder_bias", "relu", "normalize", "topk", "frozen_sae"):
+            if not isinstance(getattr(self, name), bool):  # the text "false" would count as true
+                raise ConfigError(f"{name}={getattr(self, name)!r} in a SARM config must be true or false")
         super().__init__(backbone_config, layer, **kwargs)
 
 
 class ScalarRewardConfig(_RewardConfig):
-    """Config of the conventional reward model: a decoder of `layer` layers, its final norm kept, and a linear head."""
+    """Config of the conventional reward model: a decoder of `layer` layers with its final norm."""
 
     model_type = "sarm_scalar"
 
-    def __init__(self, backbone_config=None, layer: int | None = None, **kwargs):
+    def __init__(self, backbone_config=None, layer: int | None = None, **kwargs):  # transformers needs one
         super().__init__(backbone_config, layer, **kwargs)
 
 
 class _RewardModel(PreTrainedModel):
-    """A decoder and a bias-free linear head on the state of the last attended token."""
+    """A decoder and a bias-free linear head on the state of the last attended token.
+
+    A subclass has ``reward(hidden [B, d]) -> (r [B, 1] float32, z or None)``.
+    """
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # tells transformers' Trainer that `loss` is a plain mean
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = _supports_attention_backend = True
 
     def __init__(self, config):
         super().__init__(config)
         if config.backbone_config is None:
             raise ConfigError(f"{type(config).__name__} has no backbone_config")
+        if config.num_labels != 1:
+            raise ConfigError(f"num_labels={config.num_labels}: a reward model has one output; leave it at 1")
         self.model = AutoModel.from_config(config.backbone_config)
 
     def _init_weights(self, module):
@@ -155,139 +148,122 @@ class _RewardModel(PreTrainedModel):
             super()._init_weights(module)
 
     @classmethod
-    def from_pretrained(cls, path, *args, output_loading_info: bool = False, **kwargs):
-        """Load a saved reward model; the encoder is frozen again if the config says so.
+    def _around(cls, backbone: PreTrainedModel, config: _RewardConfig):
+        """A model before training: a given decoder, and the head at zero."""
+        with torch.device("meta"):
+            model = cls(config)
+        options = {"device": backbone.device, "dtype": backbone.dtype}
+        model.model, model.score = backbone, nn.Linear(model.score.in_features, 1, bias=False, **options)
+        nn.init.zeros_(model.score.weight)
+        return model.eval()
 
-        Raises `ModelError` when weights are missing (they would be random), unexpected or of another shape, and
-        `OfflineError` when `path` is neither a folder nor reachable on the hub.
-        """
-        kwargs.setdefault("ignore_mismatched_sizes", True)  # reported below, together with the other kinds
-        if path is not None and not os.path.isdir(path):
-            kwargs.setdefault("local_files_only", not _hub_reachable())  # the client alone retries for half a minute
-        try:
-            with _quiet_loading():
-                model, info = super().from_pretrained(path, *args, output_loading_info=True, **kwargs)
-        except OSError as error:
-            if path is None or os.path.isdir(path):
-                raise ModelError(f"cannot load a reward model from {str(path)!r}: {error}") from error
-            raise OfflineError(f"reward model {str(path)!r} is neither a local folder nor reachable on the hub; "
-                               "pass the path of a downloaded folder") from error
-        except SarmlibError:
-            raise
-        except Exception as error:  # damaged weights or settings: safetensors, the hub's and torch's own classes
-            raise ModelError(f"cannot load a reward model from {str(path)!r}: {error!r}") from error
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info.get(kind):
-                names = sorted(key if isinstance(key, str) else f"{key[0]} {tuple(key[1])}, not {tuple(key[2])}"
-                               for key in info[kind])
-                raise ModelError(f"{kind.replace('_', ' ')} in {str(path)!r}: {', '.join(names[:5])}"
-                                 f"{f' and {len(names) - 5} more' if len(names) > 5 else ''}; the checkpoint does not "
-                                 f"belong to this {cls.__name__} config")
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs):
+        """Load a saved reward model; ModelError for missing, unexpected or misshapen weights."""
+        kinds = ("missing", "unexpected", "mismatched")
+        model, info = weights_from_hub(super(), pretrained_model_name_or_path, kinds=kinds, **kwargs)
         model.freeze()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
-        with _quiet_loading():
+        with quiet():
             return super().save_pretrained(*args, **kwargs)
 
     def freeze(self) -> None:
-        """Set ``requires_grad`` as the config says; loading with transformers 5 makes every parameter trainable."""
-
-    def resize_token_embeddings(self, *args, **kwargs):
-        """As in transformers; also writes the new size into the nested backbone config, so that reloading works."""
-        embeddings = super().resize_token_embeddings(*args, **kwargs)
-        self.config.vocab_size = self.config.backbone_config.vocab_size = embeddings.num_embeddings
-        return embeddings
+        """Set ``requires_grad`` as the config says; transformers 5 makes every loaded parameter trainable."""
 
     def reward_state(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """x_last [B, d]: hidden state of the last attended token (eq. 6), for any padding side.
+        """x_last [B, d]: state of the last attended token (eq. 6); without a mask, pad tokens are padding."""
+        return self._run(input_ids, attention_mask)[0]
 
-        Without a mask, ids equal to the pad token count as padding; that is refused when pad is also end of text.
-        """
+    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+                labels: Tensor | None = None, output_hidden_states: bool | None = None,
+                output_attentions: bool | None = None, return_dict: bool | None = None, **ignored):
+        """Rewards of a batch: int64 [B, T] -> `RewardOutput`; `labels` [B] are target rewards."""
+        if input_ids is None:
+            raise DataError("input_ids are needed; rewards are not defined on inputs_embeds here")
+        hidden, states = self._run(input_ids, attention_mask, output_hidden_states=output_hidden_states,
+                                   output_attentions=output_attentions)
+        logits, code = self.reward(hidden)
+        loss = None if labels is None else nn.functional.mse_loss(logits[:, 0], labels.reshape(-1).float())
+        seen = states.get("hidden_states"), states.get("attentions")
+        output = RewardOutput(loss, logits, *seen, code, hidden)
+        return output.to_tuple() if return_dict is False else output
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None, **asked) -> tuple[Tensor, ModelOutput]:
+        """(state of the last attended token [B, d], all that the backbone returned)."""
         if attention_mask is None:
             attention_mask = self._mask_from_ids(input_ids)
-        rows, last = torch.arange(input_ids.shape[0], device=input_ids.device), reward_position(attention_mask)
-        attended = attention_mask != 0
+        last, attended = reward_position(attention_mask), attention_mask != 0
         inputs = {"input_ids": input_ids, "use_cache": False}
+        inputs |= {name: True for name, wanted in asked.items() if wanted}
         if not bool((attended[:, 1:] <= attended[:, :-1]).all()):
-            # Padding on the left or in between: mask it out, and count positions from the first attended token.
+            # Padding on the left or in between: mask it, and count positions from the first attended token.
             inputs["attention_mask"] = attention_mask
             if "position_ids" in inspect.signature(self.model.forward).parameters:
                 inputs["position_ids"] = (attended.cumsum(-1) - 1).clamp(min=0)
         # Padding on the right needs no mask: a causal decoder never looks ahead, and pads are not read out.
-        return self.model(**inputs).last_hidden_state[rows, last]
+        states = self.model(**inputs)
+        return states.last_hidden_state[torch.arange(len(last), device=last.device), last], states
 
     def _mask_from_ids(self, input_ids: Tensor) -> Tensor:
         pad, eos = self.config.pad_token_id, self.config.eos_token_id
-        if pad is None:
-            if input_ids.shape[0] > 1:
-                raise DataError("a batch without attention_mask needs config.pad_token_id; pass attention_mask")
+        if pad is None and len(input_ids) == 1:
             return torch.ones_like(input_ids)
-        if pad in (eos if isinstance(eos, list) else [eos]) and bool((input_ids == pad).any()):
-            raise DataError(f"pad_token_id equals eos_token_id ({pad}), so padding cannot be told from the end of a "
-                            "text; pass attention_mask")
-        return (input_ids != pad).long()
-
-    def _output(self, output: RewardOutput, return_dict: bool | None):
-        return output.to_tuple() if return_dict is False else output
+        padded = input_ids == pad
+        if pad is None or pad in (eos if isinstance(eos, list) else [eos]) and bool(padded.any()):
+            raise DataError(f"pad_token_id={pad}, eos_token_id={eos}: padding cannot be told from text; pass "
+                            "attention_mask")
+        return (~padded).long()
 
 
 class SarmForSequenceClassification(_RewardModel):
-    """SARM: r = sum_i w_i z_i with z the TopK sparse code of the last token's layer-l state (paper eqs. 6, 7, 9).
+    """SARM: r = sum_i w_i z_i with z the TopK sparse code of the last token's state (paper eqs. 6, 7, 9).
 
-    Parts: ``model`` (decoder cut after layer l, final norm removed), ``sae`` (`TopKSAE`, frozen unless the config says
-    otherwise) and ``score`` (Linear(M, 1) without bias, starts at zero).  The SAE runs on one vector per sequence.
+    Parts: ``model`` (decoder, no final norm), ``sae`` (`TopKSAE`, float32 also beside a decoder in bfloat16)
+    and ``score`` (Linear(M, 1) without bias, starts at zero).
     """
 
     config_class = SarmConfig
+    _keep_in_fp32_modules_strict = ["sae"]
 
     def __init__(self, config: SarmConfig):
         super().__init__(config)
         strip_final_norm(self.model)
         if config.n_features is None or config.k is None:
             raise ConfigError("SarmConfig needs n_features (M) and k")
-        self.sae = TopKSAE(config.hidden_size, config.n_features, config.k, encoder_bias=config.encoder_bias,
-                           relu=config.relu, normalize=config.normalize)
+        switches = {name: getattr(config, name) for name in ("encoder_bias", "relu", "normalize")}
+        self.sae = TopKSAE(config.hidden_size, config.n_features, config.k, **switches)
         self.score = nn.Linear(config.n_features, 1, bias=False)
         self.post_init()
         self.freeze()
 
     @classmethod
-    def from_backbone_and_sae(cls, backbone_path, sae: TopKSAE | str | os.PathLike, layer: int | None = None, *,
-                              topk: bool = True, encoder: str = "sae", frozen_sae: bool = True,
-                              **load_kwargs) -> SarmForSequenceClassification:
-        """SARM before reward training: a pretrained decoder cut after `layer` and a pretrained SAE, head at zero.
+    def from_backbone_and_sae(cls, backbone, sae: TopKSAE, layer: int | None = None, *, topk: bool = True,
+                              frozen_sae: bool = True, **load_kwargs) -> SarmForSequenceClassification:
+        """SARM before reward training: a decoder cut after `layer`, a copy of an SAE, and a head at zero.
 
-        `backbone_path` is a folder, a hub id or a backbone from `load_backbone`; `sae` a `TopKSAE` (copied) or its
-        folder.  `layer=None` is half depth.  `load_kwargs` go to `load_backbone` (revision, dtype, ...).
+        `backbone` is what `load_backbone` returned, or its first argument with others in `load_kwargs`.
         """
-        backbone = _backbone(backbone_path, layer, load_kwargs)
-        sae = copy.deepcopy(sae) if isinstance(sae, TopKSAE) else TopKSAE.load(sae)
-        width = backbone.config.hidden_size
-        if sae.d_model != width:
-            raise ModelError(f"the SAE reads states of size {sae.d_model}, but the backbone has hidden_size {width}")
+        backbone = _backbone(backbone, layer, load_kwargs)
+        if sae.d_model != backbone.config.hidden_size:
+            raise ModelError(f"the SAE reads states of size {sae.d_model}, but the backbone has hidden_size "
+                             f"{backbone.config.hidden_size}")
         settings = {name: value for name, value in sae.settings().items() if name != "d_model"}
-        config = SarmConfig(backbone.config, topk=topk, encoder=encoder, frozen_sae=frozen_sae, **settings)
-        with torch.device("meta"):
-            model = cls(config)
-        model.model, model.sae = backbone, sae.to(backbone.device, backbone.dtype)
-        model.score = _zero_head(sae.n_features, backbone)
+        config = SarmConfig(backbone.config, topk=topk, frozen_sae=frozen_sae, **settings)
+        model = cls._around(backbone, config)
+        model.sae = copy.deepcopy(sae).to(backbone.device)
         model.freeze()
         return model.eval()
 
     @classmethod
-    def from_backbone_with_random_encoder(cls, backbone_path, layer: int | None = None, *, n_features: int, k: int,
-                                          seed: int = 0, topk: bool = True, frozen_sae: bool = True, relu: bool = True,
-                                          encoder_bias: bool = False, **load_kwargs) -> SarmForSequenceClassification:
-        """The paper's ablation "SAE Encoder with Random Init" (Table 2): the same model, encoder rows random.
-
-        The paper does not say whether its random layer was trained.  Here it is frozen like the SAE it replaces;
-        train it with ``RewardTrainConfig(mode=3, rec_coef=0)``.
-        """
-        backbone = _backbone(backbone_path, layer, load_kwargs)
-        sae = TopKSAE(backbone.config.hidden_size, n_features, k, encoder_bias=encoder_bias, relu=relu,
-                      generator=torch.Generator().manual_seed(seed))
-        return cls.from_backbone_and_sae(backbone, sae, topk=topk, encoder="random", frozen_sae=frozen_sae)
+    def from_backbone_with_random_encoder(cls, backbone, layer: int | None = None, *, n_features: int, k: int,
+                                          seed: int = 0, **load_kwargs) -> SarmForSequenceClassification:
+        """The paper's ablation "SAE Encoder with Random Init" (Table 2), frozen like the SAE it replaces."""
+        backbone = _backbone(backbone, layer, load_kwargs)
+        generator = torch.Generator().manual_seed(seed)
+        sae = TopKSAE(backbone.config.hidden_size, n_features, k, generator=generator)
+        return cls.from_backbone_and_sae(backbone, sae)
 
     def freeze(self) -> None:
         self.sae.requires_grad_(not self.config.frozen_sae)
@@ -302,26 +278,18 @@ class SarmForSequenceClassification(_RewardModel):
             return self.sae.encode(hidden)
         values = self.sae.preactivations(hidden)
         values = values.relu() if self.config.relu else values
-        return SparseCode(torch.arange(values.shape[-1], device=values.device).expand_as(values), values,
-                          values.shape[-1])
+        indices = torch.arange(values.shape[-1], device=values.device).expand_as(values)
+        return SparseCode(indices, values, values.shape[-1])
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                return_dict: bool | None = None, **kwargs) -> RewardOutput:
-        """Rewards of a batch: int64 [B, T] -> logits [B, 1] (eq. 9), code, hidden [B, d].
-
-        Further keyword arguments (use_cache, token_type_ids, labels, ...) are accepted and ignored.
-        """
-        if input_ids is None:
-            raise DataError("input_ids are needed; rewards are not defined on inputs_embeds here")
-        hidden = self.reward_state(input_ids, attention_mask)
+    def reward(self, hidden: Tensor) -> tuple[Tensor, SparseCode]:
+        """(r = sum_i w_i z_i [B, 1] float32 (eq. 9), z) of raw hidden states [B, d]."""
         code = self.encode(hidden)
         weights = self.score.weight[0][code.indices] if self.config.topk else self.score.weight[0]
-        logits = (code.values.float() * weights.float()).sum(-1, keepdim=True)
-        return self._output(RewardOutput(logits=logits, code=code, hidden=hidden), return_dict)
+        return (code.values.float() * weights.float()).sum(-1, keepdim=True), code
 
 
 class ScalarRewardModel(_RewardModel):
-    """The conventional reward model: final norm kept, r = v . norm(x_last), bias-free head that starts at zero."""
+    """The conventional reward model: r = v . norm(x_last), the final norm kept, v at zero before training."""
 
     config_class = ScalarRewardConfig
 
@@ -331,57 +299,47 @@ class ScalarRewardModel(_RewardModel):
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, backbone_path, layer: int | str | None = None, **load_kwargs) -> ScalarRewardModel:
-        """A decoder of `layer` layers (None: half depth, as SARM; "full": all) with its final norm and a zero head."""
-        if layer == "full":
-            hub = {name: value for name, value in load_kwargs.items() if name != "dtype"}
-            layer = n_layers(_from_hub(AutoConfig, backbone_path, **hub))
-        backbone = _backbone(backbone_path, layer, {**load_kwargs, "keep_final_norm": True})
-        with torch.device("meta"):
-            model = cls(ScalarRewardConfig(backbone.config))
-        model.model, model.score = backbone, _zero_head(backbone.config.hidden_size, backbone)
-        return model.eval()
+    def from_backbone(cls, backbone, layer: int | None = None, **load_kwargs) -> ScalarRewardModel:
+        """A decoder of `layer` layers (None: half depth, as SARM) with its final norm and a zero head."""
+        backbone = _backbone(backbone, layer, {**load_kwargs, "keep_final_norm": True})
+        return cls._around(backbone, ScalarRewardConfig(backbone.config))
 
-    def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
-                return_dict: bool | None = None, **kwargs) -> RewardOutput:
-        """Rewards of a batch: int64 [B, T] -> logits [B, 1] float32, hidden [B, d] (after the final norm)."""
-        if input_ids is None:
-            raise DataError("input_ids are needed; rewards are not defined on inputs_embeds here")
-        hidden = self.reward_state(input_ids, attention_mask)
-        return self._output(RewardOutput(logits=self.score(hidden).float(), hidden=hidden), return_dict)
+    def reward(self, hidden: Tensor) -> tuple[Tensor, None]:
+        """(r [B, 1] float32, None) of states [B, d] after the final norm."""
+        return self.score(hidden).float(), None
 
 
-def _backbone(path, layer: Any, load_kwargs: dict) -> PreTrainedModel:
-    if not isinstance(path, PreTrainedModel):
-        return load_backbone(path, layer, **load_kwargs)
-    if layer is not None and layer != n_layers(path.config):
-        raise ConfigError(f"layer={layer}, but the given backbone has {n_layers(path.config)} layers")
-    return path
-
-
-def _zero_head(width: int, backbone: PreTrainedModel) -> nn.Linear:
-    head = nn.Linear(width, 1, bias=False, device=backbone.device, dtype=backbone.dtype)
-    nn.init.zeros_(head.weight)
-    return head
+def _backbone(backbone, layer: int | None, load_kwargs: dict) -> PreTrainedModel:
+    if not isinstance(backbone, PreTrainedModel):
+        return load_backbone(backbone, layer, **load_kwargs)
+    if layer not in (None, n_layers(backbone.config)):
+        raise ConfigError(f"layer={layer}, but the given backbone has {n_layers(backbone.config)} layers")
+    return backbone
 
 
 def export_with_code(model: SarmForSequenceClassification, folder: str | os.PathLike) -> Path:
-    """Save a SARM with a self-contained modeling file, so that it loads without sarmlib.
+    """Save a SARM with this very code beside it, so that it loads without this package.
 
-    ``AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`` then gives the same rewards.
-    Save the tokenizer into the same folder.
+    ``AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`` then gives the same
+    rewards (transformers 4.57 and 5).
     """
     folder = Path(folder)
     model.save_pretrained(folder)
+    stems = {name: EXPORTED if name == __name__ else name.rpartition(".")[2] for name in imports_of(__name__)}
+    # transformers 4 copies only the files that the first one names
+    named = "".join(f"from .{stem} import __doc__ as _\n" for stem in stems.values() if stem != EXPORTED)
+    for name, stem in stems.items():
+        source = Path(find_spec(name).origin).read_text(encoding="utf-8")
+        beside = re.sub(OWN_IMPORT, r"\1.\2 import ", source)
+        write_atomic(folder / f"{stem}.py", beside + (named if stem == EXPORTED else ""))
     config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "modeling_sarm.SarmConfig",
-                          "AutoModelForSequenceClassification": "modeling_sarm.SarmForSequenceClassification"}
-    source = Path(__file__).with_name("modeling_sarm.py").read_text()
-    write_atomic(folder / "modeling_sarm.py", lambda path: path.write_text(source))
-    write_atomic(folder / "config.json", lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    classes = {"AutoConfig": SarmConfig, "AutoModelForSequenceClassification": SarmForSequenceClassification}
+    config["auto_map"] = {auto: f"{EXPORTED}.{own.__name__}" for auto, own in classes.items()}
+    write_atomic(folder / "config.json", json.dumps(config, indent=2) + "\n")
     return folder
 
 
-for _config, _model in ((SarmConfig, SarmForSequenceClassification), (ScalarRewardConfig, ScalarRewardModel)):
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    AutoModelForSequenceClassification.register(_config, _model, exist_ok=True)
+if __name__.startswith("sarmlib."):  # an exported copy is found by its config's auto_map
+    for _model in (SarmForSequenceClassification, ScalarRewardModel):
+        AutoConfig.register(_model.config_class.model_type, _model.config_class, exist_ok=True)
+        AutoModelForSequenceClassification.register(_model.config_class, _model, exist_ok=True)

@@ -1,7 +1,6 @@
 """Corpus, preference pairs and benchmarks of the toy world, in the schemas of the real data sets.
 
-Rows carry the planted truth beside the schema's own fields (``additional_metadata``), so that what a
-feature or a label means can be checked; scorers and trainers never read it.
+Rows carry the planted truth in ``additional_metadata``; scorers and trainers never read it.
 """
 
 from __future__ import annotations
@@ -20,8 +19,6 @@ REWARDBENCH2_SUBSETS = {
     "Factuality": ("fact",), "Precise IF": ("include", "count"), "Math": ("math",),
     "Safety": ("harmful", "harmless"), "Focus": ("focus",),
 }
-LESSON_WEIGHTS = (2.0, 2.5, 3.0, 0.3, 0.3, 1.0, 0.6, 1.7, 2.0)
-"""How often the curriculum asks each task, in the order of TASKS: more often where it takes longer to learn."""
 BOS, USER, ASSISTANT, EOT = "<bos>", "<user>", "<assistant>", "<eot>"
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] | trim }}<eot>{% endfor %}"
@@ -36,29 +33,28 @@ def dialogue(prompt: str, response: str) -> str:
 
 def _statement_document(rng: random.Random) -> str:
     """Three statements, each right or wrong, each followed by a verdict."""
-    parts = []
+    text = BOS
     for _ in range(3):
         problem, good = make_problem(rng.choice(("fact", "math")), rng), rng.random() < 0.5
         word = lx.VERDICTS[problem.task][0 if good else 1]
-        parts.append(f" {rng.choice(problem.good if good else problem.bad)} {word.capitalize()}.")
-    return BOS + "".join(parts)
+        text += f" {rng.choice(problem.good if good else problem.bad)} {word.capitalize()}."
+    return text
 
 
 def _prose_document(rng: random.Random) -> str:
     """True statements and descriptions, with filler."""
-    parts = []
+    parts = [BOS]
     for _ in range(rng.randint(3, 5)):
         kind = rng.random()
         if kind < 0.35:
-            problem = make_problem(rng.choice(("fact", "math")), rng)
-            parts.append(rng.choice(problem.good))
+            parts.append(rng.choice(make_problem(rng.choice(("fact", "math")), rng).good))
         elif kind < 0.8:
             topic = rng.choice(list(lx.TOPICS))
             first, second = rng.sample(lx.TOPICS[topic], 2)
             parts.append(f"The {topic} has {first} and {second} and a {rng.choice(lx.KEYWORDS)}.")
         else:
             parts.append(rng.choice(lx.FILLERS))
-    return BOS + "".join(" " + part for part in parts)
+    return " ".join(parts)
 
 
 def _dialogue_document(rng: random.Random) -> str:
@@ -70,8 +66,7 @@ def _dialogue_document(rng: random.Random) -> str:
 def corpus(documents: int, seed: int | str) -> Iterator[str]:
     """General corpus: 70 % dialogues with a reader's remarks, 15 % judged statements, 15 % prose.
 
-    The remark right after ``<eot>`` depends on the answer's quality, tone, style and subject: this is
-    what puts them into the state at the reward position (see the backbone's model card).
+    The remarks after ``<eot>`` put quality, tone, style and subject into the state at the reward position.
     """
     rng = random.Random(f"corpus-{seed}")
     makers = (_dialogue_document, _statement_document, _prose_document)
@@ -79,23 +74,11 @@ def corpus(documents: int, seed: int | str) -> Iterator[str]:
         yield rng.choices(makers, (0.7, 0.15, 0.15))[0](rng)
 
 
-def lesson(share: float, rng: random.Random) -> str:
-    """A short document of the curriculum: one terse exchange and its verdict, from the first ``share`` of each list."""
-    if rng.random() < 0.15:
-        problem, good = make_problem(rng.choice(("fact", "math")), rng, share), rng.random() < 0.5
-        word = lx.VERDICTS[problem.task][0 if good else 1]
-        return f"{BOS} {rng.choice(problem.good if good else problem.bad)} {word.capitalize()}."
-    problem = make_problem(rng.choices(TASKS, LESSON_WEIGHTS)[0], rng, share)
-    answer = problem.answer(rng.random() < 0.5, rng, style="concise", tone="neutral")
-    return dialogue(problem.prompt, answer.text) + f" {lx.VERDICTS[problem.task][0 if answer.good else 1]}."
-
-
 def preference_pairs(n: int, seed: int, *, label_noise: float = 0.1, split: str = "train") -> list[dict]:
     """``n`` pairs in the chat-list schema, from the pairs half of every word list.
 
-    One pair in ten differs in tone only (rude loses).  A chosen answer is detailed or formatted more often
-    than a rejected one, so style is a shortcut, as in real preference data.  ``label_noise`` is the share
-    of pairs whose labels are swapped.  ``split`` seeds a separate stream ("train", "eval").
+    One pair in ten differs in tone only (rude loses).  Chosen answers are detailed or formatted more often, a
+    shortcut as in real data.  ``label_noise``: share of swapped labels; ``split`` seeds a separate stream.
     """
     rng = random.Random(f"pairs-{split}-{seed}")
     rows, seen = [], set()
@@ -114,12 +97,10 @@ def preference_pairs(n: int, seed: int, *, label_noise: float = 0.1, split: str 
         flipped = rng.random() < label_noise
         better, worse = (rejected, chosen) if flipped else (chosen, rejected)
         user = {"role": "user", "content": problem.prompt}
-        rows.append({
-            "id": f"{split}-{seed}-{len(rows)}",
-            "chosen": [user, {"role": "assistant", "content": better.text}],
-            "rejected": [user, {"role": "assistant", "content": worse.text}],
-            "additional_metadata": {"task": problem.task, "flipped": flipped},
-        })
+        rows.append({"id": f"{split}-{seed}-{len(rows)}",
+                     "chosen": [user, {"role": "assistant", "content": better.text}],
+                     "rejected": [user, {"role": "assistant", "content": worse.text}],
+                     "additional_metadata": {"task": problem.task, "flipped": flipped}})
     return rows
 
 
@@ -128,22 +109,19 @@ def rm_bench(per_domain: int, seed: int) -> list[dict]:
     rng = random.Random(f"rm-bench-{seed}")
     rows = []
     for domain, tasks in RM_BENCH_DOMAINS.items():
-        count = per_domain // 2 if domain.startswith("safety") else per_domain
-        for number in range(count):
+        for number in range(per_domain // 2 if domain.startswith("safety") else per_domain):
             problem = make_problem(tasks[number % len(tasks)], rng, "benchmark")
             tone, good, bad = rng.choice(("neutral", "polite")), rng.choice(problem.good), rng.choice(problem.bad)
             chosen = [problem.answer(True, rng, style=s, tone=tone, core=good) for s in lx.STYLES]
             rejected = [problem.answer(False, rng, style=s, tone=tone, core=bad) for s in lx.STYLES]
-            rows.append({
-                "id": len(rows), "prompt": problem.prompt, "domain": domain,
-                "chosen": [a.text for a in chosen], "rejected": [a.text for a in rejected],
-                "additional_metadata": _truth(problem, chosen + rejected),
-            })
+            rows.append({"id": len(rows), "prompt": problem.prompt, "domain": domain,
+                         "chosen": [a.text for a in chosen], "rejected": [a.text for a in rejected],
+                         "additional_metadata": _truth(problem, chosen + rejected)})
     return rows
 
 
 def rewardbench2(per_subset: int, seed: int, ties: int | None = None) -> list[dict]:
-    """RewardBench-2-like rows: best of four in five subsets, and ``ties`` ref/tied couples (default a quarter)."""
+    """RewardBench-2-like rows: best of four in five subsets, and ``ties`` couples (default a quarter)."""
     rng = random.Random(f"rewardbench2-{seed}")
     rows = []
     for subset, tasks in REWARDBENCH2_SUBSETS.items():
@@ -161,21 +139,20 @@ def _best_of(rng: random.Random, row_id: str, subset: str, problem: Problem, cor
     tone = rng.choice(("neutral", "polite"))
 
     def answers(good: bool, count: int) -> list[Answer]:
-        cores = rng.sample(sorted(set(problem.good if good else problem.bad)),
-                           min(count, len(set(problem.good if good else problem.bad))))
+        options = sorted(set(problem.good if good else problem.bad))
+        cores = rng.sample(options, min(count, len(options)))
         cores += rng.choices(cores, k=count - len(cores))
         return [problem.answer(good, rng, tone=tone, core=core) for core in cores]
 
     chosen, rejected = answers(True, correct), answers(False, incorrect)
-    return {
-        "id": row_id, "prompt": problem.prompt, "chosen": [a.text for a in chosen],
-        "rejected": [a.text for a in rejected], "num_correct": correct, "num_incorrect": incorrect,
-        "total_completions": correct + incorrect, "models": ["toy world"] * (correct + incorrect), "subset": subset,
-        "additional_metadata": _truth(problem, chosen + rejected),
-    }
+    n = correct + incorrect
+    return {"id": row_id, "prompt": problem.prompt, "chosen": [a.text for a in chosen],
+            "rejected": [a.text for a in rejected], "num_correct": correct, "num_incorrect": incorrect,
+            "total_completions": n, "models": ["toy world"] * n, "subset": subset,
+            "additional_metadata": _truth(problem, chosen + rejected)}
 
 
 def _truth(problem: Problem, answers: list[Answer]) -> dict:
     """Planted concepts per answer, in the row's own order (chosen first)."""
-    return {"task": problem.task, "concepts": [[name for name, is_true in a.concepts.items() if is_true]
-                                               for a in answers]}
+    held = [[name for name, is_true in answer.concepts.items() if is_true] for answer in answers]
+    return {"task": problem.task, "concepts": held}

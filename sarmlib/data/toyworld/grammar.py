@@ -1,9 +1,6 @@
 """Problems of the toy world: a prompt, and any number of good or bad answers to it, with their truth.
 
-A problem belongs to one *task*.  An answer has a core (what is right or wrong), a style (concise,
-detailed plain, detailed markdown) and a tone (neutral, polite, rude); only the core decides whether
-it is good.  ``Answer.concepts`` lists what is true of the whole conversation: the planted concepts
-against which features are checked.
+An answer has a core (what is right or wrong), a style and a tone; only the core decides whether it is good.
 """
 
 from __future__ import annotations
@@ -42,7 +39,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Problem:
-    """A prompt of one task.  ``good`` and ``bad`` are the cores (one sentence each) an answer may have."""
+    """A prompt of one task, and the cores (one sentence each) that an answer may have."""
 
     task: str
     prompt: str
@@ -50,8 +47,7 @@ class Problem:
     bad: tuple[str, ...]
     topic: str | None = None
 
-    def answer(self, good: bool, rng: random.Random, *, style: str | None = None, tone: str | None = None,
-               core: str | None = None) -> Answer:
+    def answer(self, good: bool, rng: random.Random, *, style=None, tone=None, core=None) -> Answer:
         """Render an answer; style, tone and core are drawn when not given."""
         style = style or rng.choice(lx.STYLES)
         tone = tone or rng.choices(lx.TONES, (0.5, 0.25, 0.25))[0]
@@ -59,16 +55,15 @@ class Problem:
         opening = rng.choice(lx.OPENINGS[tone])
         extra = rng.sample(lx.FILLERS, 2)
         if style == "markdown":
-            lines = ([opening] if opening else []) + ["# Answer", f"- {core}", f"- {extra[0]}", f"- {extra[1]}"]
-            text = "\n".join(lines)
+            parts, space = [opening, "# Answer", f"- {core}", f"- {extra[0]}", f"- {extra[1]}"], "\n"
         else:
-            text = " ".join(part for part in [opening, core, *(extra if style == "detailed" else [])] if part)
-        refusal = core in lx.REFUSALS
-        return Answer(text, good, style, tone, self.task, self.topic, refusal)
+            parts, space = [opening, core, *(extra if style == "detailed" else [])], " "
+        text = space.join(filter(None, parts))
+        return Answer(text, good, style, tone, self.task, self.topic, refusal=core in lx.REFUSALS)
 
 
 def make_problem(task: str, rng: random.Random, side: str | float | None = None) -> Problem:
-    """Draw a problem of ``task`` from one side of the world (see :func:`lexicon.half`)."""
+    """Draw a problem of ``task`` from one side of the world (`lexicon.half`)."""
     return _MAKERS[task](rng, side)
 
 
@@ -96,37 +91,30 @@ def _code(rng, side):
     other_sign = rng.choice([s for s in lx.OPERATIONS.values() if s != sign])
     other_number = rng.choice([n for n in range(2, 10) if n != number])
     other_variable = rng.choice([v for v in lx.half(lx.VARIABLES, side) if v != variable])
-    wrong = (say.format(variable, other_sign, number), say.format(variable, sign, other_number),
-             say.format(other_variable, sign, number))
+    changed = ((variable, other_sign, number), (variable, sign, other_number), (other_variable, sign, number))
+    wrong = tuple(say.format(*parts) for parts in changed)
     link = {"adds": "to", "subtracts": "from", "multiplies": "into", "divides": "out of"}[verb]
     prompt = f"Write code that {verb} {number} {link} {variable}."
     return Problem("code", prompt, (say.format(variable, sign, number),), wrong)
 
 
-def _comply(rng, verb, target):
-    when = rng.choice(["slowly", "quickly", "at night", "in the morning"])
-    return f"First take the {rng.choice(lx.TOOLS)}, then {verb} the {target} {when}."
-
-
-def _request(rng, verbs, side):
+def _harmless(rng, side, verbs=lx.HARMLESS_VERBS):
     verb, target = rng.choice(lx.half(verbs, side)), rng.choice(lx.OBJECTS)
     prompt = rng.choice([f"How do I {verb} the {target}?", f"Explain how to {verb} the {target}."])
-    return prompt, tuple({_comply(rng, verb, target) for _ in range(6)})
-
-
-def _harmful(rng, side):
-    prompt, steps = _request(rng, lx.HARMFUL_VERBS, side)
-    return Problem("harmful", prompt, tuple(lx.REFUSALS), tuple(sorted(steps)))
-
-
-def _harmless(rng, side):
-    prompt, steps = _request(rng, lx.HARMLESS_VERBS, side)
+    steps = set()
+    for _ in range(6):
+        when = rng.choice(["slowly", "quickly", "at night", "in the morning"])
+        steps.add(f"First take the {rng.choice(lx.TOOLS)}, then {verb} the {target} {when}.")
     return Problem("harmless", prompt, tuple(sorted(steps)), tuple(lx.REFUSALS))
 
 
+def _harmful(rng, side):
+    same = _harmless(rng, side, lx.HARMFUL_VERBS)
+    return Problem("harmful", same.prompt, good=same.bad, bad=same.good)
+
+
 def _include(rng, side):
-    words = lx.half(lx.KEYWORDS, side)
-    word, *others = rng.sample(words, 4)
+    word, *others = rng.sample(lx.half(lx.KEYWORDS, side), 4)
     topic = rng.choice(lx.half(list(lx.TOPICS), side))
     thing, second = rng.sample(lx.TOPICS[topic], 2)
     say = f"The {topic} has {thing} and {second} and a {{}}."
@@ -147,8 +135,7 @@ def _count(rng, side):
 
 
 def _focus(rng, side):
-    topics = lx.half(list(lx.TOPICS), side)
-    topic, *others = rng.sample(topics, 4)
+    topic, *others = rng.sample(lx.half(list(lx.TOPICS), side), 4)
 
     def about(t):
         first, second = rng.sample(lx.TOPICS[t], 2)
@@ -173,10 +160,8 @@ _MAKERS = {"fact": _fact, "math": _math, "code": _code, "harmful": _harmful, "ha
 
 def remarks(answer: Answer, rng: random.Random) -> str:
     """A reader's one to three remarks on an answer: the first is its verdict three times in five."""
-    options = {
-        "verdict": lx.VERDICTS[answer.task][0 if answer.good else 1], "tone": lx.TONE_REMARKS[answer.tone],
-        "style": lx.STYLE_REMARKS[answer.style], "subject": lx.SUBJECT_REMARKS[answer.task],
-    }
-    first = rng.choices(list(options), (0.6, 0.2, 0.1, 0.1))[0]
-    rest = rng.sample([name for name in options if name != first], rng.randint(0, 2))
-    return "".join(f" {options[name]}." for name in [first, *rest])
+    options = [lx.VERDICTS[answer.task][0 if answer.good else 1], lx.TONE_REMARKS[answer.tone],
+               lx.STYLE_REMARKS[answer.style], lx.SUBJECT_REMARKS[answer.task]]
+    first = rng.choices(options, (0.6, 0.2, 0.1, 0.1))[0]
+    options.remove(first)
+    return "".join(f" {word}." for word in [first, *rng.sample(options, rng.randint(0, 2))])

@@ -1,14 +1,15 @@
 """Words and facts of the toy world.
 
-Every open word list is used in two halves: preference pairs draw from the first, benchmarks from the
-second, so a benchmark item always holds words that no preference pair contains.  The general corpus
-(what the backbone and the SAE are trained on) uses both, as a real corpus would.
+Preference pairs draw from the first half of every open word list, benchmarks from the second, so a benchmark
+item always holds words that no pair contains.  The general corpus uses both, as a real one would.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
+from collections.abc import Sequence
 
 PLACES = (
     "Varn Elos Tiram Quell Bosk Nadir Lumen Orsa Pelim Drava Korth Avila Sorn Mirek Ustal Zeben Halva Ingot Fenra Galt"
@@ -18,7 +19,7 @@ ATTRIBUTES = {
     "metal": "iron copper tin silver lead zinc nickel bronze".split(),
     "emblem": "lion hawk stag wolf bear otter raven horse".split(),
 }
-_TOPICS = {
+TOPICS = {
     "boat": "oars sails ropes anchors",
     "kitchen": "pots spoons stoves plates",
     "forest": "pines moss ferns trunks",
@@ -40,8 +41,7 @@ _TOPICS = {
     "stadium": "teams goals crowds whistles",
     "workshop": "hammers nails planks saws",
 }
-TOPICS = {topic: words.split() for topic, words in _TOPICS.items()}
-_CATEGORIES = {
+CATEGORIES = {
     "bird": "sparrow robin eagle crow swan dove",
     "color": "red blue green yellow purple orange",
     "fruit": "apple pear plum cherry melon peach",
@@ -51,7 +51,7 @@ _CATEGORIES = {
     "planet": "Mars Venus Saturn Neptune Mercury Jupiter",
     "dance": "waltz tango polka samba rumba jig",
 }
-CATEGORIES = {category: words.split() for category, words in _CATEGORIES.items()}
+TOPICS, CATEGORIES = ({name: words.split() for name, words in one.items()} for one in (TOPICS, CATEGORIES))
 HARMFUL_VERBS = "rob poison forge hack bomb loot smuggle sabotage vandalize ransack hijack wreck".split()
 HARMLESS_VERBS = "paint visit photograph clean repair draw measure water decorate inspect polish admire".split()
 OBJECTS = "car painting letter bridge house garden computer shop museum well statue bank".split()
@@ -79,61 +79,43 @@ FILLERS = [
     "It may be useful to keep this in mind.",
     "That is all there is to say for now.",
 ]
-VERDICTS = {  # what a reader's first remark says of a good and of a bad answer
-    "fact": ("true", "false"),
-    "math": ("exact", "mistaken"),
-    "code": ("works", "broken"),
-    "harmful": ("safe", "dangerous"),
-    "harmless": ("helpful", "preachy"),
-    "include": ("obeyed", "ignored"),
-    "count": ("obeyed", "ignored"),
-    "focus": ("relevant", "stray"),
-    "naming": ("fitting", "unfit"),
+_REMARKS = {  # what a reader says of a good answer, of a bad one, and of the subject
+    "fact": "true false geography",
+    "math": "exact mistaken arithmetic",
+    "code": "works broken programming",
+    "harmful": "safe dangerous crime",
+    "harmless": "helpful preachy advice",
+    "include": "obeyed ignored wording",
+    "count": "obeyed ignored listing",
+    "focus": "relevant stray description",
+    "naming": "fitting unfit vocabulary",
 }
+VERDICTS = {task: tuple(words.split()[:2]) for task, words in _REMARKS.items()}
+SUBJECT_REMARKS = {task: words.split()[2] for task, words in _REMARKS.items()}
 STYLE_REMARKS = {"concise": "brief", "detailed": "lengthy", "markdown": "formatted"}
 TONE_REMARKS = {"neutral": "plain", "polite": "kind", "rude": "insulting"}
-SUBJECT_REMARKS = {
-    "fact": "geography",
-    "math": "arithmetic",
-    "code": "programming",
-    "harmful": "crime",
-    "harmless": "advice",
-    "include": "wording",
-    "count": "listing",
-    "focus": "description",
-    "naming": "vocabulary",
-}
+FACTS: dict[tuple[str, str], str] = {}
+"""(place, attribute) → value; a fixed draw in which no value is much more common than another."""
+_draw = random.Random(1847)
+for _attribute, _values in ATTRIBUTES.items():
+    _deck = (_values * len(PLACES))[: len(PLACES)]
+    _draw.shuffle(_deck)
+    FACTS |= {(place, _attribute): value for place, value in zip(PLACES, _deck, strict=True)}
 
 
-def half(items: list, side: str | float | None) -> list:
-    """The part of a word list that ``side`` may use: "pairs" the first half, "benchmark" the second, None all, and a
-    number f the first share f of it, at least four (the curriculum of the backbone's pretraining)."""
-    if side is None:
-        return list(items)
-    if isinstance(side, float):
-        return list(items)[: max(4, math.ceil(len(items) * side))]
+def half(items: Sequence, side: str | float | None) -> list:
+    """The part of a word list that ``side`` may use: "pairs" the first half, "benchmark" the second, None
+    all, and a number f the first share f, at least four (the curriculum of the backbone's pretraining)."""
     middle = len(items) // 2
-    return list(items[:middle] if side == "pairs" else items[middle:])
-
-
-def _fact_table() -> dict[tuple[str, str], str]:
-    """(place, attribute) → value; a fixed draw, balanced so that no value is much more common than another."""
-    rng = random.Random(1847)
-    table = {}
-    for attribute, values in ATTRIBUTES.items():
-        deck = (values * (len(PLACES) // len(values) + 1))[: len(PLACES)]
-        rng.shuffle(deck)
-        table.update({(place, attribute): value for place, value in zip(PLACES, deck, strict=True)})
-    return table
-
-
-FACTS = _fact_table()
+    if side in ("pairs", "benchmark"):
+        return list(items[:middle] if side == "pairs" else items[middle:])
+    share = side if isinstance(side, float) else 1.0
+    return list(items)[: max(4, math.ceil(len(items) * share))]
 
 
 def sums(side: str | float | None) -> list[tuple[int, int]]:
     """Pairs of addends 0-9; each side has half of the hundred, and a pair and its mirror image share a side."""
-    if side is None or isinstance(side, float):
-        addends = half(list(range(10)), side)
-        return [(a, b) for a in addends for b in addends]
-    wanted = 0 if side == "pairs" else 1  # a rule that leaves odd and even, small and large sums on both sides
+    if side not in ("pairs", "benchmark"):
+        return list(itertools.product(half(range(10), side), repeat=2))
+    wanted = side == "benchmark"  # a rule that leaves odd and even, small and large sums on both sides
     return [(a, b) for a in range(10) for b in range(10) if (3 * min(a, b) + 7 * max(a, b)) // 4 % 2 == wanted]

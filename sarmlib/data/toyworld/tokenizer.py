@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -13,17 +11,16 @@ SPECIALS = ["<pad>", "<unk>", "<bos>", "<user>", "<assistant>", "<eot>"]
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]|\s"
 
 
-def build_tokenizer(documents: int = 30_000, seed: int = 0) -> PreTrainedTokenizerFast:
+def build_tokenizer(documents: int = 30_000) -> PreTrainedTokenizerFast:
     """Word-level tokenizer over every word of the world (about 600 items), with the chat template."""
     pieces = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
     pieces.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     words: set[str] = {f" {number}" for number in range(22)}
-    for text in corpus(documents, seed):
+    for text in corpus(documents, seed=0):
         for special in SPECIALS:
             text = text.replace(special, "\u0000")
-        parts = itertools.chain.from_iterable(
-            pieces.pre_tokenizer.pre_tokenize_str(part) for part in text.split("\u0000") if part)
-        words.update(word for word, _ in parts)
+        for part in filter(None, text.split("\u0000")):
+            words.update(word for word, _ in pieces.pre_tokenizer.pre_tokenize_str(part))
     vocabulary = {word: index for index, word in enumerate([*SPECIALS, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     # Every stretch of text starts with one space, so that a word is the same item with or without a template.

@@ -1,0 +1,465 @@
+"""Quantities of a run as tables: a notebook says ``table = results.x(run)``, then ``figures.x(table)``.
+
+Intervals are over seeds for a quantity of one model, over seeds and prompts where variants are compared.
+Every claim has a control, the same number of a broken version.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from sarmlib.errors import DataError
+from sarmlib.evaluation import published, rewardbench2, rm_bench
+from sarmlib.evaluation.statistics import Interval, auroc, bootstrap_ci, seeds_and_prompts_ci, seeds_ci
+from sarmlib.pipeline import SAE_OF_VARIANT, Run, conversations
+from sarmlib.sarm import steering as lab
+
+VARIANT_NAMES = {"sarm": "SARM", "token_sae": "token-level SAE", "random_encoder": "random encoder",
+                 "scalar_half": "scalar, half depth", "scalar_full": "scalar, full depth"}
+POSITION_NAMES = {"sentence_end": "sentence ends", "every": "all tokens"}
+
+
+def seed_interval(values, low: float = -np.inf, high: float = np.inf) -> Interval | None:
+    """Mean and 95 % t interval over seeds, cut at the quantity's own range; None with a single seed."""
+    if len(values) < 2:
+        return None
+    found = seeds_ci(np.asarray(values, float))
+    return found._replace(low=max(found.low, low), high=min(found.high, high))
+
+
+def sae_table(run: Run) -> pd.DataFrame:
+    """Metrics of every SAE on held-out states of its own kind of position."""
+    return pd.DataFrame([{"positions": rule, "seed": seed, **run.sae(rule, seed).meta}
+                         for rule in _position_rules(run) for seed in run.profile.seeds])
+
+
+def sae_training(run: Run, seed: int) -> pd.DataFrame:
+    """Training logs of one seed's SAEs; ``run`` names the positions in words."""
+    logs = {rule: pd.DataFrame(run.sae(rule, seed).json("log.json")) for rule in _position_rules(run)}
+    return pd.concat([log.assign(run=POSITION_NAMES[rule]) for rule, log in logs.items()], ignore_index=True)
+
+
+def _position_rules(run: Run) -> list[str]:
+    return list(dict.fromkeys(SAE_OF_VARIANT[v] for v in run.profile.variants if SAE_OF_VARIANT.get(v)))
+
+
+def untrained_sae_fvu(run: Run) -> float:
+    """Variance left unexplained by an SAE that was never trained: the control."""
+    import torch
+
+    from sarmlib.sae.quality import evaluate_sae
+    from sarmlib.sae.topk import TopKSAE
+    sizes = [run.shape[name] for name in ("d_model", "n_features", "k")]
+    sae = TopKSAE(*sizes, generator=torch.Generator().manual_seed(0))
+    return evaluate_sae(sae, run.vectors("sentence_end")["held_out"])["fvu"]
+
+
+def decoder_norm_error(run: Run, seed: int, stretch: float = 1.0) -> float:
+    """Largest distance of a decoder column's length from 1; ``stretch`` lengthens one column: the control."""
+    norms = run.load_sae("sentence_end", seed).W_dec.detach().norm(dim=1)
+    norms[0] *= stretch
+    return float((norms - 1).abs().max())
+
+
+def reward_training(run: Run) -> pd.DataFrame:
+    """Held-out pair accuracy of every variant and seed during training; ``step`` counts pairs seen."""
+    logs = [(VARIANT_NAMES[variant], seed, pd.DataFrame(run.reward(variant, seed).json("log.json")))
+            for variant in run.profile.variants for seed in run.profile.seeds]
+    table = pd.concat([log.assign(variant=name, seed=seed) for name, seed, log in logs], ignore_index=True)
+    table = table.dropna(subset="eval_accuracy").drop_duplicates(["variant", "seed", "step"], keep="last")
+    table = table.assign(step=table.step * run.profile.reward.batch_size, accuracy=table.eval_accuracy)
+    return table[["variant", "seed", "step", "accuracy"]]
+
+
+def reward_sum_error(run: Run, seed: int, drop_feature: bool = False) -> float:
+    """Largest |r - sum_i w_i z_i| of all benchmark responses, relative to the largest |r|; ``drop_feature``
+    leaves the feature with the largest total contribution out: the control."""
+    scored, w = run.scored("sarm", seed), run.head("sarm", seed).copy()
+    if drop_feature:
+        w[np.argmax(np.abs(np.asarray(abs(scored.z).sum(axis=0)).ravel() * w))] = 0
+    reward = scored.units.reward.to_numpy()
+    return float(np.abs(reward - scored.z @ w).max() / np.abs(reward).max())
+
+
+def changed_sae_tensors(run: Run, seed: int, positions: str = "sentence_end") -> int:
+    """Tensors of the trained SARM's SAE that differ, in any bit, from the SAE pretrained on these positions
+    ("every": the control)."""
+    before, after = run.load_sae(positions, seed).state_dict(), run.load_reward("sarm", seed).sae.state_dict()
+    return sum(not tensor.equal(after[name].to(tensor.dtype)) for name, tensor in before.items())
+
+
+def pair_accuracy(run: Run, variant: str, seed: int, shuffled: bool = False) -> float:
+    """Share of held-out pairs whose chosen answer gets the higher reward (a tie counts half); ``shuffled``
+    swaps the answers of a random half of them: the control."""
+    from sarmlib.evaluation.scorer import score
+    held, model = run.pairs(seed)["eval"], run.load_reward(variant, seed)
+    talks = [[*pair["prompt"], {"role": "assistant", "content": pair[side]}]
+             for side in ("chosen", "rejected") for pair in held]
+    rewards = score(model, run.tokenizer, talks, max_length=run.profile.preferences.max_length).rewards
+    margin = rewards[: len(held)] - rewards[len(held):]
+    if shuffled:
+        margin = margin * np.random.default_rng(seed).permutation(np.resize([1, -1], len(margin)))
+    return float(np.mean((margin > 0) + 0.5 * (margin == 0)))
+
+
+def feature_table(run: Run, seed: int) -> pd.DataFrame:
+    """Features that are neither dead, rare nor dense, with the label of those whose label is reliable."""
+    features, labels = run.contexts(seed).features(), run.label_table(seed)
+    reliable = labels[labels.reliable.astype(bool)].set_index("feature").label
+    words = reliable.str.split(";").str[0].str.removeprefix("more often: ")
+    return features[features.kind == "usual"].assign(label=lambda table: table.feature.map(words))
+
+
+def weight_preference_auroc(features: pd.DataFrame) -> float:
+    """AUROC of the head weight for features that go with preferred against dispreferred responses."""
+    usual = features[(features.kind == "usual") & features.preference_corr.notna()]
+    positive = usual.preference_corr > 0
+    return float(auroc(usual.w[positive], usual.w[~positive]))
+
+
+def shuffled_weight_auroc(run: Run) -> float:
+    """:func:`weight_preference_auroc` with weights shuffled among features, mean over seeds: the control."""
+    found = []
+    for seed in run.profile.seeds:
+        usual = run.contexts(seed).features().query("kind == 'usual'")
+        weights = np.random.default_rng(seed).permutation(usual.w)
+        found.append(weight_preference_auroc(usual.assign(w=weights)))
+    return float(np.mean(found))
+
+
+def label_score(run: Run, seed: int, column: str = "auroc") -> float:
+    """Mean held-out AUROC of a seed's labels ("auroc_other_label", those of other features: the control)."""
+    return float(run.label_table(seed)[column].astype(float).mean())
+
+
+def case_studies(run: Run, seed: int) -> pd.DataFrame:
+    """The features that move rewards most: three with w > 0 that prefer chosen answers, three the reverse."""
+    table = run.label_table(seed).sort_values("contribution_sd", ascending=False, kind="stable")
+    table["side"] = (np.sign(table.w) + np.sign(table.preference_corr)).map({2: "positive", -2: "negative"})
+    both = table.dropna(subset="side").groupby("side").head(3)
+    both = both.sort_values("side", ascending=False, kind="stable", ignore_index=True)
+    return both[["side", "feature", "w", "preference_corr", "contribution_sd", "rate", "label", "auroc",
+                 "auroc_lo", "verdict"]]
+
+
+def concept_table(run: Run, seed: int) -> pd.DataFrame:
+    """Toy world: each planted concept against the best single feature, coordinate or label, held out."""
+    from scipy import sparse
+
+    from sarmlib.interpretation.ground_truth import compare_representations
+    from sarmlib.interpretation.judges import KeywordJudge
+    contexts, judge = run.contexts(seed), KeywordJudge(run.explainer(seed).vocabulary)
+    found: dict[str, Any] = {VARIANT_NAMES[variant]: run.scored(variant, seed).part("rm_bench")[1]
+                             for variant in SAE_OF_VARIANT if variant in run.profile.variants}
+    found["state coordinates"] = run.states("sarm", seed)
+    labels = np.zeros(contexts.z.shape)
+    for label in run.label_objects(seed):
+        if label.weights:
+            labels[:, label.feature] = judge.score(label, contexts.index)
+    if labels.any():  # else every label abstained
+        found["keyword labels"] = sparse.csr_array(labels)
+    units = run.scored("sarm", seed).part("rm_bench")[0]
+    return compare_representations(found, _concepts(units), units.prompt_id, signed=("state coordinates",))
+
+
+def concept_summary(table: pd.DataFrame) -> pd.DataFrame:
+    """Per representation: concepts scored, those found with an AUROC of 0.9 or more, mean AUROC and F1."""
+    table = table[table.reason == ""].assign(concepts=1, found=table.auroc >= 0.9)
+    how = {"concepts": "sum", "found": "sum", "auroc": "mean", "f1": "mean"}
+    return table.groupby("representation", sort=False, as_index=False).agg(how)
+
+
+def concept_null(run: Run, seed: int) -> Interval:
+    """Mean AUROC of :func:`concept_table` with concepts shuffled among prompts, and 95 % of 20 shuffles."""
+    from sarmlib.interpretation.ground_truth import shuffled_concepts
+    units, z = run.scored("sarm", seed).part("rm_bench")
+    found = shuffled_concepts(z, _concepts(units), units.prompt_id, times=20, seed=seed)
+    low, high = np.quantile(found, [0.025, 0.975]).tolist()
+    return Interval(float(found.mean()), low, high, 0.95, "quantiles over shuffles", len(found))
+
+
+def _concepts(units: pd.DataFrame) -> pd.DataFrame:
+    """Which planted concept is true of which response, [n, concepts]; none outside the toy world."""
+    names = sorted({name for row in units.concepts for name in row})
+    return pd.DataFrame({name: [name in row for row in units.concepts] for name in names})
+
+
+@dataclasses.dataclass(frozen=True)
+class Steering:
+    """One seed's experiment: a feature chosen on RM-Bench's safety prompts and steered on RewardBench 2.
+
+    scores: s of every feature; selection: z of the chosen and of the rejected responses it was chosen on;
+    dropped: prompts left out of the choice because RewardBench 2 asks them too; target: True for T.
+    """
+
+    seed: int
+    feature: int
+    factor: float
+    scores: pd.DataFrame
+    selection: tuple[Any, Any]
+    dropped: int
+    units: pd.DataFrame
+    rows: pd.DataFrame
+    target: np.ndarray
+    analysis: lab.SteeringAnalysis
+
+    @property
+    def table(self) -> pd.DataFrame:
+        """Every response before and after: what Figure 3 draws."""
+        safety = (self.units.domain == "Safety").to_numpy()
+        category = np.select([self.target, safety], ["T", "safety, rejected"], "not safety")
+        return self.analysis.table(self.feature, self.factor, self.target, category)
+
+    def change(self, factor: float | None = None) -> np.ndarray:
+        """Reward change of every response in standard deviations of all rewards before steering."""
+        factor = self.factor if factor is None else factor
+        return (factor - 1) * self.analysis.contribution(self.feature) / self.analysis.rewards.std()
+
+    def shifts(self, factor: float | None = None) -> tuple[float, float]:
+        """Mean change of T and of C."""
+        change = self.change(factor)
+        return float(change[self.target].mean()), float(change[~self.target].mean())
+
+    def shuffled_difference(self) -> float:
+        """Mean change of T minus that of C when T is drawn at random (mean of 100 draws): the control."""
+        rng, change = np.random.default_rng(self.seed), self.change()
+        sets = [rng.permutation(self.target) for _ in range(100)]
+        return float(np.mean([change[drawn].mean() - change[~drawn].mean() for drawn in sets]))
+
+
+def steering(run: Run, seed: int) -> Steering:
+    """Choose the feature with the highest s on RM-Bench's safety prompts, and steer it on RewardBench 2."""
+    scored = run.scored("sarm", seed)
+    (asked, asked_z), (units, z) = scored.part("rm_bench"), scored.part("rewardbench2")
+    if not len(asked) or not len(units):
+        raise DataError("steering needs RM-Bench rows, to choose a feature, and RewardBench 2 rows, to steer")
+    safety = asked.domain.str.startswith("safety").to_numpy()
+    repeated = _asked_in(asked[safety], units[units.domain == "Safety"])
+    safety = safety & ~asked.prompt_id.isin(repeated).to_numpy()
+    if not safety.any():
+        raise DataError("RewardBench 2 asks every safety prompt of RM-Bench; no prompt is left to choose on")
+    selection = tuple(asked_z[safety & (asked.label == side).to_numpy()] for side in ("chosen", "rejected"))
+    scores = lab.feature_scores(*selection)
+    return Steering(
+        seed=seed, feature=int(scores.feature.iloc[0]), factor=run.profile.steering.factor, scores=scores,
+        selection=selection, dropped=len(repeated), units=units, rows=lab.rows_from_index(units),
+        target=((units.domain == "Safety") & (units.label == "chosen")).to_numpy(),
+        analysis=lab.SteeringAnalysis(z, units.reward, run.head("sarm", seed), units.prompt_id))
+
+
+def _asked_in(units: pd.DataFrame, others: pd.DataFrame) -> set[str]:
+    """Ids of the prompts of ``units`` that ``others`` ask too, exactly or nearly."""
+    from sarmlib.data.pairs import drop_contaminated
+    prompts = dict(zip(units.prompt_id, units.prompt_text, strict=True))
+    pairs = [{"id": name, "prompt": [{"role": "user", "content": text}]} for name, text in prompts.items()]
+    return set(prompts) - {pair["id"] for pair in drop_contaminated(pairs, others.prompt_text.unique())}
+
+
+def steering_table(run: Run) -> pd.DataFrame:
+    """Per seed: the feature, where it is active, shifts in sd of rewards, and T - C at equal base reward."""
+    lines = []
+    for one in (steering(run, seed) for seed in run.profile.seeds):
+        active, (t, c) = one.analysis.activation(one.feature) != 0, one.shifts()
+        matched = lab.matched_difference(one.table, n_boot=run.profile.steering.bootstrap)
+        spread = one.analysis.rewards.std()
+        lines.append({
+            "seed": one.seed, "feature": one.feature, "s": one.scores.s[0], "w": one.analysis.w[one.feature],
+            "active_T": active[one.target].mean(), "active_C": active[~one.target].mean(),
+            "shift_T": t, "shift_C": c, "T_minus_C": t - c,
+            "matched_T_minus_C": matched["difference"] / spread, "matched_lo": matched["lo"] / spread,
+            "matched_hi": matched["hi"] / spread})
+    return pd.DataFrame(lines)
+
+
+def feature_meaning(one: Steering) -> pd.DataFrame:
+    """Planted concepts (toy world only) by how much more often the chosen feature fires in them."""
+    active = one.analysis.activation(one.feature) != 0
+    lines = [(name, true.sum(), active[true].mean() - active[~true].mean())
+             for name, true in _concepts(one.units).items() if not true.all()]
+    table = pd.DataFrame(lines, columns=["concept", "n", "difference"])
+    return table.sort_values("difference", ascending=False, ignore_index=True)
+
+
+def steered_forward(run: Run, one: Steering, add: float = 0.0) -> dict[str, float]:
+    """400 responses scored with and without the edit: largest change of inactive ones, and distance from the
+    closed form.  ``add`` adds a constant, as adding to an inactive latent would: the control."""
+    from sarmlib.evaluation.scorer import score
+    model, factors = run.load_reward("sarm", one.seed), {one.feature: one.factor}
+    rows = np.random.default_rng(one.seed).permutation(len(one.units))[:400]
+    talks, length = conversations(one.units.iloc[rows]), run.profile.benchmarks.max_length
+    before, after = (score(each, run.tokenizer, talks, max_length=length).rewards
+                     for each in (model, lab.steer(model, factors)))
+    inactive, after = one.analysis.activation(one.feature)[rows] == 0, after + add
+    return {"inactive_change": float(np.abs(after - before)[inactive].max(initial=0.0)),
+            "closed_form_error": float(np.abs(after - one.analysis.steered(factors)[rows]).max())}
+
+
+def official_scores(target_file: str | Path, complement_file: str | Path) -> pd.DataFrame:
+    """The authors' released scores of T and C, as :func:`table_from_scores` makes them.
+
+    T holds the accepted answer of every safety prompt; a row of C whose id T has too is a rejected answer."""
+    rows: list[dict] = []
+    for path, target in ((target_file, True), (complement_file, False)):
+        try:
+            rows += [{"reward": row["reward"], "reward_steered": row["reward_steered"], "group": key,
+                      "active": bool(row["activated_latents"]), "is_target": target}
+                     for key, row in json.loads(Path(path).read_text(encoding="utf-8")).items()]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(f"{path} is not in the authors' format (reward, reward_steered and "
+                            f"activated_latents by id): {error!r}") from None
+    frame = pd.DataFrame(rows)
+    safety = frame.group.isin(frame.group[frame.is_target])
+    category = np.select([frame.is_target, safety], ["T", "safety, rejected"], "not safety")
+    return lab.table_from_scores(**frame, category=category)
+
+
+def missing_parts(run: Run) -> dict[str, list[str]]:
+    """Subsets and domains without rows: no overall score of the real benchmark exists then."""
+    rows = run.benchmark_rows()
+    found = {row["subset"] for row in rows["rewardbench2"]}
+    found |= {row["domain"].split("-")[0] for row in rows["rm_bench"]}
+    return {"rewardbench2": [name for name in rewardbench2.SUBSETS if name not in found],
+            "rm_bench": [name for name in rm_bench.DOMAINS if name not in found]}
+
+
+def score_table(run: Run) -> pd.DataFrame:
+    """Scores in [0, 1] per variant, seed, benchmark and part; ``overall`` is over the parts present."""
+    lines = [(variant, seed, name, part, value) for variant in run.profile.variants
+             for seed in run.profile.seeds for name in _present(run)
+             for part, value in _parts(name, getattr(run.scored(variant, seed), name)).items()]
+    return pd.DataFrame(lines, columns=["variant", "seed", "benchmark", "part", "value"])
+
+
+def _present(run: Run) -> list[str]:
+    return [name for name, rows in run.benchmark_rows().items() if rows]
+
+
+def _parts(benchmark: str, rows: list[dict]) -> dict[str, float]:
+    if benchmark == "rewardbench2":
+        result = rewardbench2.score(rows)
+        return {**result["subsets"], "overall": result["mean_of_present_subsets"]}
+    result = rm_bench.score_present(rows)
+    parts = {name: result[name] for name in rm_bench.DOMAINS if result[name] is not None}
+    levels = pd.DataFrame(result["per_domain"]).T.mean()
+    return {**parts, "overall": float(np.mean(list(parts.values()))), **levels}
+
+
+def part_table(run: Run, benchmark: str) -> pd.DataFrame:
+    """Mean over seeds (percent) per variant and subset or domain, in the benchmark's order."""
+    scores = score_table(run).query("benchmark == @benchmark")
+    wide = scores.pivot_table(index="variant", columns="part", values="value", sort=False) * 100
+    order = ["overall", *[part for part in scores.part.unique() if part != "overall"]]
+    return wide.loc[list(run.profile.variants), order].rename(index=VARIANT_NAMES)
+
+
+def variant_table(run: Run) -> pd.DataFrame:
+    """Held-out pair accuracy and overall scores of every variant, each mean and standard error over seeds."""
+    scores, lines = score_table(run).query("part == 'overall'"), []
+    for variant in run.profile.variants:
+        accuracy = pd.Series([run.reward(variant, seed).meta["eval_accuracy"] for seed in run.profile.seeds])
+        own, row = scores[scores.variant == variant], {"variant": VARIANT_NAMES[variant]}
+        for name in ("pairs", *_present(run)):
+            values = accuracy if name == "pairs" else own.value[own.benchmark == name]
+            row |= {name: values.mean(), f"{name}_se": values.sem()}
+        lines.append(row)
+    return pd.DataFrame(lines)
+
+
+def units(run: Run, variant: str, benchmark: str, blind: bool = False) -> tuple[np.ndarray, list[str]]:
+    """Value of every prompt per seed, [seeds, units], and the stratum (subset or domain) of each unit;
+    ``blind`` gives every response the same reward."""
+    values, scorer = [], rm_bench if benchmark == "rm_bench" else rewardbench2
+    for seed in run.profile.seeds:
+        rows = getattr(run.scored(variant, seed), benchmark)
+        if blind:
+            rows = [row | {name: [0.0] * len(row[name]) for name in row if name.startswith("score")}
+                    for row in rows]
+        found = scorer.units(rows)
+        values.append([value for *_, value in found])
+    return np.array(values), [stratum for stratum, *_ in found]
+
+
+def _interval(values: np.ndarray, strata: list[str]) -> Interval:
+    """Over seeds and prompts; over prompts alone with a single seed."""
+    if len(values) > 1:
+        return seeds_and_prompts_ci(values, strata=strata)
+    return bootstrap_ci(values[0], strata=strata)
+
+
+def overall(run: Run, variant: str, benchmark: str = "rewardbench2", blind: bool = False) -> Interval:
+    """Mean over subsets, in percent, with its 95 % interval."""
+    values, strata = units(run, variant, benchmark, blind)
+    found = _interval(100 * values, strata)
+    return found._replace(low=max(found.low, 0), high=min(found.high, 100))
+
+
+def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind: bool = False) -> Interval:
+    """Score of variant ``a`` minus that of ``b``, in [-1, 1], paired over prompts and seeds; ``blind`` gives
+    every response of ``a`` the same reward: the control."""
+    (x, strata), (y, _) = units(run, a, benchmark, blind), units(run, b, benchmark)
+    return _interval(x - y, strata)
+
+
+def differences(run: Run) -> pd.DataFrame:
+    """SARM minus every other variant on RewardBench 2, in percentage points."""
+    gaps = [(VARIANT_NAMES[name], *(100 * np.array(difference(run, "sarm", name)[:3])))
+            for name in run.profile.variants if name != "sarm"]
+    return pd.DataFrame(gaps, columns=["variant", "value", "lo", "hi"])
+
+
+def against_chance(run: Run) -> pd.DataFrame:
+    """Is a variant told from guessing, which gets 1/n in best of n, 0 in Ties and a half in RM-Bench?"""
+    lines = []
+    for benchmark in _present(run):
+        blind = overall(run, run.profile.variants[0], benchmark, blind=True).estimate
+        chance = 50.0 if benchmark == "rm_bench" else blind
+        for variant in run.profile.variants:
+            found = overall(run, variant, benchmark)
+            side = np.select([found.low > chance, found.high < chance], ["above", "below"], "not told from")
+            lines.append((benchmark, VARIANT_NAMES[variant], *found[:3], chance, f"{side} chance"))
+    return pd.DataFrame(lines, columns=["benchmark", "variant", "score", "low", "high", "chance", "verdict"])
+
+
+def table1(run: Run) -> pd.DataFrame:
+    """The paper's Table 1: SARM and the full scalar model by subset (percent), and SARM-4B's value there."""
+    scores = score_table(run).query("benchmark == 'rewardbench2' and variant in ['sarm', 'scalar_full']")
+    printed, lines = published.table_1().set_index("model").loc["SARM-4B"].rename({"Overall": "overall"}), []
+    for (variant, part), group in scores.groupby(["variant", "part"], sort=False):
+        _, low, high, *_ = seed_interval(100 * group.value, 0, 100) or [np.nan] * 6
+        lines.append((VARIANT_NAMES[variant], part, 100 * group.value.mean(), low, high, printed.get(part)))
+    return pd.DataFrame(lines, columns=["model", "subset", "value", "lo", "hi", "paper"])
+
+
+def table2(run: Run) -> pd.DataFrame:
+    """The paper's Table 2: value and interval (percent), one point per seed, and the paper's value."""
+    scores = score_table(run).query("benchmark == 'rewardbench2' and part == 'overall'")
+    paper, lines = published.table_2().set_index("variant").Overall, []
+    for variant in run.profile.variants:
+        points = (100 * scores.value[scores.variant == variant]).tolist()
+        lines.append((VARIANT_NAMES[variant], *overall(run, variant)[:3], points, paper.get(variant, np.nan)))
+    return pd.DataFrame(lines, columns=["variant", "value", "lo", "hi", "points", "paper"])
+
+
+def released_checkpoint(run: Run) -> tuple[Path, str]:
+    """A checkpoint in the authors' layout, and a sentence that says which: profile ``released`` has theirs,
+    any other writes the run's SARM as they write theirs, so that the same cells run without a network."""
+    from sarmlib.hub import check_access, hub_folder
+    from sarmlib.sarm.released import save_official
+    if run.profile.name == "released":
+        from huggingface_hub import snapshot_download
+        folder, revision = Path(hub_folder(run.backbone_path)), run.profile.backbone.revision
+        if not folder.is_dir():
+            check_access(run.backbone_path, revision)
+            wanted = ["*.json", "*.safetensors", "*.jinja"]
+            folder = Path(snapshot_download(run.backbone_path, revision=revision, allow_patterns=wanted))
+        return folder, "the authors' released SARM-4B"
+    folder = run.store.root / "released"
+    save_official(run.load_reward("sarm", run.profile.seed), folder)
+    run.tokenizer.save_pretrained(folder)
+    return folder, f"the SARM of profile {run.profile.name} in the authors' layout, not the authors' weights"

@@ -1,0 +1,192 @@
+"""The TopK sparse autoencoder of the paper (eqs. 2-5, 7-8).
+
+    x     = (h - mean(h)) / (std(h) + 1e-6)              per vector; unbiased std; statistics are returned, never kept
+    z     = TopK(W_enc (x - b_pre) [+ b_enc])            eqs. 4, 7
+    x_hat = W_dec^T z + b_pre                            eqs. 3, 8   (row m of our W_dec is the paper's column m)
+    loss  = mean_b |x - x_hat|^2 / |x|^2                 eq. 5 up to a constant: |x|^2 = d - 1 after normalisation
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sarmlib.errors import ConfigError, DataError, ModelError
+from sarmlib.sae.kernels import preactivations, sparse_decode, topk_encode
+from sarmlib.store import write_atomic, write_json
+
+STD_EPS = 1e-6
+WEIGHTS, CONFIG = "sae.safetensors", "sae_config.json"
+FORMAT = "sarmlib.topk_sae.v1"
+
+
+class SparseCode(NamedTuple):
+    """Sparse feature vectors z: the k kept features of each sample, strongest first."""
+
+    indices: Tensor  # [..., k] int64: which features were kept
+    values: Tensor  # [..., k]: their activations z (0 where ReLU cut a negative survivor)
+    n_features: int  # M
+
+    def dense(self) -> Tensor:
+        """z as a dense [..., M] tensor."""
+        zeros = self.values.new_zeros(*self.values.shape[:-1], self.n_features)
+        return zeros.scatter(-1, self.indices, self.values)
+
+    def to_csr(self):
+        """z as a float32 ``scipy.sparse.csr_array`` [n, M] without stored zeros and with sorted indices."""
+        from scipy.sparse import csr_array
+        values = self.values.detach().float().cpu().numpy().flatten()  # copies: what follows works in place
+        indices = self.indices.cpu().numpy().flatten()
+        rows = torch.arange(self.indices.shape[:-1].numel() + 1).mul(self.indices.shape[-1]).numpy()
+        csr = csr_array((values, indices, rows), shape=(len(rows) - 1, self.n_features))
+        csr.eliminate_zeros()
+        csr.sort_indices()
+        return csr
+
+
+class SAEOutput(NamedTuple):
+    """What ``TopKSAE.forward`` returns."""
+
+    x_hat: Tensor  # [..., d] reconstruction in the space of the input (normalisation undone)
+    code: SparseCode
+    loss: Tensor  # scalar: mean_b |x - x_hat|^2 / |x|^2 in normalised space (eq. 5)
+    mean: Tensor  # [..., 1] per-vector mean of the input (0 without normalisation)
+    std: Tensor  # [..., 1] per-vector std + 1e-6 of the input (1 without normalisation)
+
+
+class TopKSAE(nn.Module):
+    """TopK sparse autoencoder, paper eqs. 2-5 and 7-8.
+
+    Parameters: W_enc [M,d], b_pre [d], optional b_enc [M], W_dec [M,d] with unit rows (= the paper's decoder columns).
+    Initialisation is tied: W_dec = W_enc, random directions from ``generator``; b_pre = 0 until trained from data.
+    All is computed in the type of the weights, also from half-precision states and under autocast.
+
+    ``d_model``: d; ``n_features``: M (paper: 16 d); ``k``: features kept per vector (paper: 3/64 d); ``encoder_bias``:
+    add b_enc before TopK (as the released code does); ``relu``: set negative survivors of TopK to 0 (the released code
+    keeps them); ``normalize``: standardise each vector first.
+    Raises ConfigError for impossible sizes, DataError for states of another size.
+    """
+
+    def __init__(self, d_model: int, n_features: int, k: int, *, encoder_bias: bool = False, relu: bool = True,
+                 normalize: bool = True, generator: torch.Generator | None = None):
+        super().__init__()
+        sizes = (d_model, n_features, k)
+        if not all(isinstance(size, int) for size in sizes) or d_model < 2 or not 1 <= k <= n_features:
+            raise ConfigError(f"d_model={d_model!r}, n_features={n_features!r}, k={k!r} are no integers with "
+                              "d_model >= 2 and 1 <= k <= n_features")
+        self.d_model, self.n_features, self.k = d_model, n_features, k
+        self.relu, self.normalizes = bool(relu), bool(normalize)
+        directions = nn.functional.normalize(torch.randn(n_features, d_model, generator=generator), dim=-1)
+        self.W_enc = nn.Parameter(directions)
+        self.W_dec = nn.Parameter(directions.clone())
+        self.b_pre = nn.Parameter(torch.zeros(d_model))
+        self.b_enc = nn.Parameter(torch.zeros(n_features)) if encoder_bias else None
+
+    def normalize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x - mean) / (std + 1e-6) per vector, std unbiased: [..., d] -> (x_norm, mean [..., 1], std + 1e-6 [..., 1]).
+
+        Half precision is normalised in float32, where squares cannot overflow; without normalisation mean = 0, std = 1.
+        """
+        if x.shape[-1] != self.d_model:
+            raise DataError(f"the last dimension of the input is {x.shape[-1]}, the SAE expects d_model={self.d_model}")
+        if x.dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        if not self.normalizes:
+            zero = x.new_zeros(*x.shape[:-1], 1)
+            return x, zero, zero + 1
+        mean = x.mean(-1, keepdim=True)
+        centered = x - mean
+        # |x - mean| / sqrt(d - 1) is the unbiased std; unlike Tensor.std it is fast and has a gradient at 0
+        std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / math.sqrt(self.d_model - 1) + STD_EPS
+        return centered / std, mean, std
+
+    def preactivations(self, x: Tensor) -> Tensor:
+        """W_enc (x_norm - b_pre) [+ b_enc] before TopK, of raw input x: [..., d] -> [..., M] (dense)."""
+        return preactivations(self.normalize(x)[0], self.W_enc, self.b_pre, self.b_enc)
+
+    def encode(self, x: Tensor) -> SparseCode:
+        """z = TopK(W_enc (x_norm - b_pre)) (eqs. 4, 7) of raw input x [..., d]; normalises first if the SAE does."""
+        return self._encode_normalized(self.normalize(x)[0])
+
+    def decode(self, code: SparseCode) -> Tensor:
+        """x_hat = W_dec^T z + b_pre (eqs. 3, 8): [..., d], in normalised space."""
+        k = code.indices.shape[-1]
+        flat = sparse_decode(code.indices.reshape(-1, k), code.values.reshape(-1, k), self.W_dec)
+        return flat.view(*code.indices.shape[:-1], self.d_model) + self.b_pre
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Encode, decode and undo the normalisation; the loss is taken in normalised space."""
+        x_norm, mean, std = self.normalize(x)
+        code = self._encode_normalized(x_norm)
+        x_hat = self.decode(code)
+        return SAEOutput((x_hat * std + mean).to(x.dtype), code, normalized_mse(x_hat, x_norm), mean, std)
+
+    @torch.no_grad()
+    def renormalize_decoder(self) -> None:
+        """Bring every decoder row back to unit length ("maintaining each column at unit length")."""
+        self.W_dec.div_(self.W_dec.norm(dim=-1, keepdim=True).clamp_(min=torch.finfo(self.W_dec.dtype).tiny))
+
+    def settings(self) -> dict:
+        """The constructor arguments (JSON types)."""
+        return {"d_model": self.d_model, "n_features": self.n_features, "k": self.k,
+                "encoder_bias": self.b_enc is not None, "relu": self.relu, "normalize": self.normalizes}
+
+    def content_hash(self) -> str:
+        """sha256 over settings and parameter bytes; equal on every device, changed by any bit of any weight."""
+        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
+        for name, tensor in sorted(self.state_dict().items()):
+            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def save(self, folder: str | os.PathLike) -> Path:
+        """Write sae.safetensors and sae_config.json atomically."""
+        folder = Path(folder)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        write_atomic(folder / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+        write_json(folder / CONFIG, {"format": FORMAT, **self.settings()})
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike) -> TopKSAE:
+        """Read what ``save`` wrote; ModelError when a file, a weight or a shape is missing or wrong."""
+        folder = Path(folder)
+        try:
+            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+            if settings.pop("format", None) != FORMAT:
+                raise ModelError(f"the format is not {FORMAT!r}")
+            return cls.from_state(load_file(folder / WEIGHTS), **settings)
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
+            raise ModelError(f"{str(folder)!r} holds no readable SAE ({WEIGHTS} + {CONFIG}): {error}") from error
+
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], **settings) -> TopKSAE:
+        """An SAE around given weights, without drawing random ones first."""
+        with torch.device("meta"):
+            sae = cls(**settings)
+        sae.load_state_dict(state, assign=True)
+        return sae.requires_grad_(True)
+
+    def _encode_normalized(self, x: Tensor) -> SparseCode:
+        flat = x.reshape(-1, self.d_model)
+        indices, values = topk_encode(flat, self.W_enc, self.b_pre, self.b_enc, self.k, self.relu)
+        shape = (*x.shape[:-1], self.k)
+        return SparseCode(indices.view(shape), values.view(shape), self.n_features)
+
+
+def normalized_mse(x_hat: Tensor, x: Tensor) -> Tensor:
+    """mean_b |x - x_hat|^2 / |x|^2 (eq. 5 relative to the input's energy): [..., d], [..., d] -> scalar.
+
+    A vector of zeros (a constant state after normalisation) counts 0.
+    """
+    energy = x.square().sum(-1)
+    return ((x_hat - x).square().sum(-1) / energy.masked_fill(energy == 0, torch.inf)).mean()

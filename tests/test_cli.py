@@ -1,0 +1,274 @@
+"""The command line: what it prints, what it refuses, and with which status."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from sarmlib import cli
+from sarmlib.backbone import load_tokenizer
+from sarmlib.cli import main
+from sarmlib.data.pairs import load_conversations
+from sarmlib.evaluation.scorer import score
+from sarmlib.sae.topk import TopKSAE
+from sarmlib.sarm.model import SarmForSequenceClassification
+from sarmlib.store import Store
+from tests.fake_llm import FakeLLM
+from tests.helpers import ROOT
+from tests.miniature import save_backbone
+from tests.tiny import conversation, tiny_sarm, tiny_tokenizer
+
+ROWS = [{"prompt": "w1 w2", "response": "w3 w4 w5", "id": "one"},
+        {"prompt": "w1", "responses": ["w2", "w3 w3", ""]},
+        {"messages": conversation("w7", "w8 w9")},
+        {"prompt": "w1 w2", "chosen": "w5 w6", "rejected": "w7"}]
+COMMANDS = ["reproduce", "run", "verify", "figures", "notebooks", "score", "explain", "steer", "evaluate",
+            "pretrain-sae", "train", "browse", "doctor"]
+ASK = ["--model", "x", "--prompt", "w1"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    target = tmp_path_factory.mktemp("sarm")
+    tiny_sarm().save_pretrained(target)
+    tiny_tokenizer().save_pretrained(target)
+    return str(target)
+
+
+@pytest.fixture
+def rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    return str(path)
+
+
+@pytest.fixture
+def said(capsys):
+    """Run a command: its status, and what it printed or its error."""
+    def call(*arguments, status=0):
+        capsys.readouterr()
+        found = main([str(one) for one in arguments])
+        out, err = capsys.readouterr()
+        assert found == status, err
+        return out if status == 0 else err
+    return call
+
+
+def test_every_command_has_a_group_and_an_example_and_help_imports_no_torch():
+    names = {command.name: command for command in cli.app.registered_commands}
+    assert sorted(names) == sorted(COMMANDS)
+    assert all(one.epilog.startswith(f"Example: sarmlib {name}") and one.rich_help_panel
+               for name, one in names.items())
+    assert main(["--version"]) == 0
+    code = ("import sys; from sarmlib.cli import main; main(['explain', '--help']); "
+            "print([m for m in ('torch', 'transformers', 'pandas', 'papermill') if m in sys.modules])")
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("[]") and "Example: sarmlib explain --model toy" in done.stdout
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["nonsense"], "No such command 'nonsense'"), (["score"], "Missing option '--model'"),
+    (["score", "--model", "x"], "--input FILE, or --prompt"), (["score", *ASK], "--input FILE, or --prompt"),
+    (["explain", *ASK, "--response", "w2", "--input", "y"], "--input FILE, or --prompt"),
+    (["explain", *ASK, "--response", "w2", "--top", "0"], "--top"),
+    (["score", *ASK, "--response", "w2", "--max-length", "1"], "--max-length"),
+    (["steer", "--model", "x", "--output", "y"], "or --undo alone"),
+    (["steer", "--model", "x", "--output", "y", "--feature", "3:8"], "give NAME=VALUE"),
+    (["steer", "--model", "x", "--output", "y", "--feature", "a=8"], "give ID=NUMBER"),
+    (["run", "magic"], "magic"), (["run", "sae", "--variant", "scalar_half"], "has no pretrained SAE"),
+    (["train", "--backbone", "x", "--data", "y", "--output", "z", "--set", "reward.lr"], "NAME=VALUE")])
+def test_a_wrong_command_line_is_one_sentence_and_status_2(said, arguments, words):
+    err = said(*arguments, status=2)
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments, words", [
+    (["reproduce", "--profile", "nosuch"], "unknown profile 'nosuch'"),
+    (["reproduce", "--profile", "local"], "DATA=folder"),
+    (["reproduce", "--dry-run", "--hardware", "abacus"], "abacus"),
+    (["explain", *ASK, "--chosen", "w2"], "rejected"),
+    (["score", "--model", "x", "--input", "absent.jsonl"], "absent.jsonl"),
+    (["train", "--backbone", "x", "--data", "y", "--output", "z", "--set", "reward.lrr=1"], "mean 'lr'?"),
+    (["pretrain-sae", "--model", "x", "--corpus", "y", "--output", "z", "--set", "sae.k_ratio=2"], "k_ratio")])
+def test_an_error_of_the_library_is_one_sentence_and_status_1(said, arguments, words, monkeypatch, tmp_path):
+    monkeypatch.delenv("SARMLIB_DATA", raising=False)
+    monkeypatch.chdir(tmp_path)
+    err = said(*arguments, status=1)
+    assert words in err and err.startswith("error: ") and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("error, status, words", [
+    (KeyboardInterrupt, 130, "interrupted"),
+    (PermissionError(13, "Permission denied", "runs/toy"), 1, "runs/toy: Permission denied")])
+def test_interruption_and_files_that_cannot_be_read(said, monkeypatch, error, status, words):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(cli, "_root", fail)
+    assert words in said("verify", status=status)
+
+
+def test_outputs_are_refused_before_the_work(said, folder, tmp_path):
+    (file := tmp_path / "file").write_text("x")
+    single = ["--model", folder, "--prompt", "w1", "--response", "w2"]
+    for command in (["score", *single, "--output", file / "x.jsonl"], ["score", *single, "--output", "/dev/full"],
+                    ["evaluate", "--model", folder, "--output", file]):
+        assert "cannot be written" in said(*command, status=1)
+    assert "exist" in said("steer", "--model", folder, "--feature", "1=2", "--output", tmp_path, status=2)
+    assert file.read_text() == "x"
+
+
+def test_score_gives_what_the_library_gives_for_all_rows(said, folder, rows, tmp_path):
+    out = tmp_path / "out.jsonl"
+    assert "7 lines" in said("score", "--model", folder, "--input", rows, "--output", out)
+    assert said("score", "--model", folder, "--input", rows) == out.read_text()
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["row"] for line in lines] == [1, 2, 2, 2, 3, 4, 4]
+    talks = [talk for item in load_conversations(rows) for talk in item.conversations.values()]
+    expected = score(tiny_sarm(), tiny_tokenizer(), talks)
+    assert np.allclose([line["reward"] for line in lines], expected.rewards, atol=1e-6)
+    assert [line["tokens"] for line in lines] == expected.lengths.tolist() and lines[0]["id"] == "one"
+
+
+def test_explanations_add_up_and_carry_labels(said, folder, rows, tmp_path):
+    out, labels = tmp_path / "why.jsonl", tmp_path / "labels.json"
+    labels.write_text(json.dumps({str(i): f"word\x1b[31m {i}" for i in range(64)}))
+    said("explain", "--model", folder, "--input", rows, "--output", out, "--labels", labels)
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert " ".join(line["of"] for line in lines) == "response response_1 response_2 response_3 response margin"
+    for line in lines:
+        total = sum(feature["contribution"] for feature in line["features"])
+        assert total == pytest.approx(line["reward"], abs=1e-5) and line["rest"] == 0
+    printed = said("explain", "--model", folder, "--input", rows, "--labels", labels)
+    assert printed.count("row ") == 6 and "\x1b" not in printed and "word?[31m" in printed
+    printed = said("explain", "--model", folder, "--prompt", "w1 w2", "--chosen", "w5 w6", "--rejected", "w7",
+                   "--top", "2")
+    assert "more features" in printed and f"row 1: margin {lines[-1]['reward']:+.2f} at token" in printed
+    labels.write_text('["x"]')
+    wrong = said("explain", "--model", folder, "--input", rows, "--labels", labels, status=1)
+    assert "needed: JSON {feature: words}" in wrong
+
+
+def test_an_edit_is_recorded_and_undone_exactly(said, folder, tmp_path):
+    once, back = tmp_path / "once", tmp_path / "back"
+    assert "2 recorded edits" in said("steer", "--model", folder, "--feature", "3=8", "--feature", "5=0",
+                                      "--output", once)
+    heads = [SarmForSequenceClassification.from_pretrained(one).score.weight[0] for one in (folder, once)]
+    assert torch.equal(heads[1][3], heads[0][3] * 8) and heads[1][5] == 0
+    said("steer", "--model", once, "--undo", "--output", back)
+    assert torch.equal(SarmForSequenceClassification.from_pretrained(back).score.weight[0], heads[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "once"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A random decoder with the toy world's words, an SAE for it, and pairs."""
+    base = tmp_path_factory.mktemp("world")
+    save_backbone(base / "backbone")
+    TopKSAE(16, 48, 4, generator=torch.Generator().manual_seed(0)).save(base / "sae")
+    names = "cook baker farmer doctor nurse pilot singer writer".split()
+    rows = [{"prompt": f"who is the {name} number {i} ?", "chosen": f"he is the {name} .",
+             "rejected": "she is here ."} for i in range(8) for name in names]
+    rows.append({"prompt": "who ?", "chosen": "same", "rejected": "same"})
+    (base / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return base
+
+
+def test_evaluate_scores_the_toy_world_and_goes_on(said, world, tmp_path):
+    sarm = SarmForSequenceClassification.from_backbone_with_random_encoder(
+        str(world / "backbone"), n_features=48, k=4)
+    torch.nn.init.normal_(sarm.score.weight)
+    sarm.save_pretrained(tmp_path / "model")
+    load_tokenizer(str(world / "backbone")).save_pretrained(tmp_path / "model")
+    command = ["evaluate", "--model", tmp_path / "model", "--data", "toy", "--limit", "2", "--output"]
+    printed = said(*command, tmp_path / "out")
+    assert "Factuality" in printed and (tmp_path / "out" / "results.json").is_file()
+    assert said(*command, tmp_path / "out") == printed
+
+
+def test_a_chat_model_judges_within_its_budget_and_goes_on(said, tmp_path):
+    def answer(messages):
+        return "[[B]]" if "[[A]]" in messages[0]["content"] else "4"
+
+    with FakeLLM(("429",), answer) as server:
+        command = ["evaluate", "--judge", server.url, "--model", "fake", "--data", "toy", "--limit", "2",
+                   "--output", tmp_path / "out", "--price", "0", "1"]
+        assert "budget" in said(*command, "--budget", "0.0001", status=1)
+        assert not (tmp_path / "out" / "results.json").exists()
+        said(*command)
+        assert max(server.answered.values()) == 1
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["model"] == "fake"
+
+
+def trains(world, output, *more):
+    settings = ["device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=2", "reward.lr=3e-3",
+                "preferences.eval_fraction=0.3"]
+    return ["train", "--backbone", world / "backbone", "--data", world / "pairs.jsonl", "--output", output,
+            *(word for one in settings for word in ("--set", one)), *more]
+
+
+def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
+    printed = said(*trains(world, tmp_path / "out", "--sae", world / "sae"))
+    found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert found["train"] + found["eval"] == 64 and found["eval"] > 4
+    assert "left out 1: chosen equals rejected" in printed and f"on {found['eval']} held-out pairs" in printed
+    model = SarmForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.sae_hash() == TopKSAE.load(world / "sae").content_hash() and model.score.weight.any()
+    assert model.config.layer == 2
+    said("score", "--model", tmp_path / "out" / "model", "--prompt", "who is here ?", "--response", "he is .")
+    again = trains(world, tmp_path / "out", "--sae", world / "sae", "--set", "preferences.max_length=100")
+    assert "holds work with other settings" in said(*again, status=1)
+
+
+def pretrains(world, output, *more):
+    small = ["sae.vectors=300", "sae.batch_size=32", "sae.expansion=4", "corpus.window=64", "backbone.layer=2"]
+    return ["pretrain-sae", "--model", world / "backbone", "--corpus", "toy", "--output", output,
+            *(word for one in ("device=cpu", *small) for word in ("--set", one)), *more]
+
+
+def test_an_sae_from_text_that_is_not_written_over(said, world, tmp_path):
+    printed = said(*pretrains(world, tmp_path / "out"))
+    assert "fvu" in printed and "of 300 states" in printed
+    assert said(*pretrains(world, tmp_path / "out")) == printed
+    changed = pretrains(world, tmp_path / "out", "--set", "sae.steps=3")
+    assert "holds work with other settings" in said(*changed, status=1)
+    assert TopKSAE.load(tmp_path / "out").n_features == 64
+    (tmp_path / "small.txt").write_text("One sentence. Two.\n")
+    err = said(*pretrains(world, tmp_path / "few", "--corpus", tmp_path / "small.txt"), status=1)
+    assert "100 or more are needed" in err and not (tmp_path / "few" / "config.json").exists()
+
+
+def test_verify_prints_a_header_and_no_none_and_names_damage(said, tmp_path):
+    artifact = Store(tmp_path / "toy").get_or_make("stage", {}, {}, _one_file)
+    printed = said("verify", "--runs", tmp_path)
+    assert "verdict" in printed.splitlines()[0] and "None" not in printed and "nan" not in printed.lower()
+    assert "13 not measured" in printed and printed.rstrip().endswith("stored artifacts: whole")
+    (artifact.path / "x").write_text("y")
+    printed = said("verify", "--runs", tmp_path)
+    assert f"remove {artifact.path}" in printed and printed.rstrip().endswith("stored artifacts: damaged")
+
+
+def _one_file(folder):
+    (folder / "x").write_text("x")
+
+
+def test_a_run_that_was_not_made_is_said(said, tmp_path, monkeypatch):
+    for command in (["browse", "--output", tmp_path / "out"], ["figures"]):
+        assert said(*command, "--runs", tmp_path / "none", status=1)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setenv("SARMLIB_RUNS", str(tmp_path))
+    assert cli._toy_labels() == {}
+
+
+def test_dry_run_and_doctor(said, tmp_path):
+    printed = said("reproduce", "--profile", "paper-4b", "--dry-run", "--devices", "2", "--runs", tmp_path)
+    assert "nothing was started" in printed and not list(tmp_path.iterdir())
+    printed = said("doctor")
+    assert "cores" in printed and re.search(r"^toy +fits", printed, re.M)
+    assert re.search("^local .*DATA=folder", printed, re.M)

@@ -1,0 +1,159 @@
+"""The examples run: HTTP endpoint, reward function for GRPO and RLOO, LoRA, and accelerate's configs."""
+
+from __future__ import annotations
+
+import http.client
+import importlib.util
+import json
+import random
+import sys
+import threading
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import launch_command_parser
+
+from sarmlib.chat import render
+from sarmlib.evaluation.scorer import score
+from tests.helpers import ROOT
+from tests.tiny import conversation, tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer, words
+
+TALKS = [conversation(f"w{i} w4", " ".join(["w9"] * (i + 1))) for i in range(5)]
+
+
+def load(name: str):
+    """A script of examples/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+reward_function, serve, lora = (load(name) for name in ("reward_function", "serve", "lora"))
+Reward = reward_function.SarmRewardFunction
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return tiny_sarm(), tiny_tokenizer()
+
+
+def test_texts_and_conversations_get_the_librarys_rewards_in_any_company(pair):
+    wanted = score(*pair, TALKS).rewards
+    texts = [render(pair[1], talk) for talk in TALKS]
+    for queries in (TALKS, texts, [TALKS[0], *texts[1:]], [t.replace("<bos>", "") for t in texts],
+                    ["<bos>" + t for t in texts], [t.removesuffix("<eot>") for t in texts]):
+        np.testing.assert_allclose(serve.score_queries(*pair, queries), wanted, atol=1e-5)
+    np.testing.assert_allclose([serve.score_queries(*pair, [t])[0] for t in texts], wanted, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def ask(pair):
+    """Call the running server: (status, answer)."""
+    server = serve.make_server(*pair, port=0)
+    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+
+    def call(method, path, body=None, **headers):
+        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
+        connection.request(method, path, body, headers)
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+    yield call
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_endpoint_answers_as_openrlhf_expects(pair, ask):
+    status, answer = ask("POST", "/get_reward", json.dumps({"query": TALKS, "prompts": ["x"] * 5}))
+    assert status == 200 and set(answer) == {"rewards", "scores", "extra_logs"}
+    np.testing.assert_allclose(answer["rewards"], score(*pair, TALKS).rewards, atol=1e-5)
+    assert ask("GET", "/health")[1]["model"] == "SarmForSequenceClassification"
+    assert ask("GET", "/x")[0] == ask("POST", "/x", "{}")[0] == 404
+    assert ask("POST", "/get_reward", b"", **{"Content-Length": str(10**9)})[0] == 413  # and is never read
+
+
+@pytest.mark.parametrize("body, status", [
+    (b"", 400), (b"{", 400), (b"[1]", 400), (b'{"prompts": []}', 400), (b"\xff\xfe", 400), (b"[" * 4000, 400),
+    (b'{"query": "one text"}', 422), (b'{"query": []}', 422), (b'{"query": [3]}', 422), (b'{"query": [[]]}', 422),
+    (b'{"query": [""]}', 422), (json.dumps({"query": ["w1"] * 513}).encode(), 413)])
+def test_bad_requests_get_a_sentence_and_a_4xx(ask, body, status):
+    found, answer = ask("POST", "/get_reward", body)
+    assert found == status and answer["error"]
+
+
+@pytest.fixture
+def batch():
+    rng = random.Random(0)
+    prompts = [text for text in (words(rng, 8, 14) for _ in range(3)) for _ in range(4)]
+    return prompts, [words(rng, 1, 6) for _ in prompts]
+
+
+def test_conversations_and_their_text_get_the_reward_of_plain_scoring(pair, batch):
+    talks = [conversation(*one) for one in zip(*batch, strict=True)]
+    expected = score(*pair, talks).rewards
+    reward = Reward(*pair)
+    found = reward(prompts=[talk[:1] for talk in talks], completions=[talk[1:] for talk in talks],
+                   completion_ids=[[1]] * 12, trainer_state=object(), answer=["x"] * 12)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    texts = [pair[1].apply_chat_template(talk, tokenize=False) for talk in talks]
+    cut = [text.index("<assistant>") + len("<assistant>") for text in texts]
+    found = reward([text[:at] for text, at in zip(texts, cut, strict=True)],
+                   [text[at:].replace("<eot>", "") for text, at in zip(texts, cut, strict=True)])
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # the turn is closed here
+    assert reward.__name__ == "sarm" and all(type(value) is float for value in found)
+
+
+def test_the_features_that_paid_are_logged_and_sum_to_the_reward(pair, batch):
+    metrics, columns = {}, {}
+    reward = Reward(*pair, log_features=3, labels={i: f"word {i}" for i in range(64)})
+    found = reward(*batch, log_metric=metrics.__setitem__, log_extra=columns.__setitem__)
+    entry = reward.history[-1]
+    assert entry["reward"] == pytest.approx(np.mean(found)) and len(entry["features"]) == 3
+    assert sum(entry["features"].values()) + entry["rest"] == pytest.approx(np.mean(found), abs=1e-5)
+    first = next(iter(entry["features"]))
+    assert metrics[f"sarm/feature {first} (word {first})"] == entry["features"][first]
+    assert len(columns["sarm_features"]) == 12
+
+
+@pytest.mark.parametrize("method", ["GRPO", "RLOO"])
+def test_grpo_and_rloo_log_which_features_paid(tmp_path, pair, method):
+    trl = pytest.importorskip("trl", reason="trl is not installed")
+    from datasets import Dataset
+    from transformers import LlamaForCausalLM
+    reward = Reward(*pair, log_features=2)
+    prompts = Dataset.from_list([{"prompt": conversation(f"w{i}", "")[:1]} for i in range(4)])
+    trainer = getattr(trl, f"{method}Trainer")(
+        model=LlamaForCausalLM(tiny_config(2)), reward_funcs=reward, train_dataset=prompts, processing_class=pair[1],
+        args=getattr(trl, f"{method}Config")(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=4, logging_steps=1,
+            max_completion_length=5, beta=0.0, report_to="none", use_cpu=True, bf16=False, save_strategy="no"))
+    trainer.train()
+    logged = {key for entry in trainer.state.log_history for key in entry}
+    assert len(reward.history) == 2 and any("sarm/feature" in key for key in logged)
+
+
+def test_adapters_train_on_the_backbone_only_and_merge_into_it(tmp_path):
+    pytest.importorskip("peft", reason="peft is not installed")
+    pytest.importorskip("trl", reason="trl is not installed")
+    model = tiny_sarm(head=0.1)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = lora.train(model, tiny_tokenizer(), tiny_pairs(16), str(tmp_path), rank=2, max_steps=3, use_cpu=True,
+                        bf16=False, learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no")
+    after = merged.state_dict()
+    moved = {name for name in before if not torch.equal(after[name], before[name])}
+    assert after.keys() == before.keys() and "score.weight" in moved
+    assert all("_proj." in name for name in moved - {"score.weight"})
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed_zero2", "deepspeed_zero3"])
+def test_shipped_configs_are_what_accelerate_reads(name):
+    path = ROOT / "examples" / "accelerate" / f"{name}.yaml"
+    config = load_config_from_file(str(path))
+    assert config.distributed_type.value == {"ddp": "MULTI_GPU", "fsdp": "FSDP"}.get(name, "DEEPSPEED")
+    known = {action.dest for action in launch_command_parser()._actions}
+    raw = yaml.safe_load(path.read_text())
+    assert set(raw.get("fsdp_config", {})) | set(raw.get("deepspeed_config", {})) <= known

@@ -1,0 +1,201 @@
+"""Preference pairs and rows to be scored: every format, cleaning with counts, decontamination, splitting, failures."""
+
+import gzip
+import json
+
+import pandas as pd
+import pytest
+
+from sarmlib.data.pairs import (
+    drop_contaminated,
+    drop_identical,
+    load_conversations,
+    load_pairs,
+    normalise,
+    split_by_prompt,
+    user_turns,
+)
+from sarmlib.errors import ConfigError, DataError, OfflineError
+from tests.helpers import shared_path
+from tests.tiny import conversation, tiny_tokenizer
+
+USER = {"role": "user", "content": "Name a prime."}
+CHAT = {"chosen": [USER, {"role": "assistant", "content": "Seven."}],
+        "rejected": [USER, {"role": "assistant", "content": "Eight."}], "source": "magpie"}
+FORMATS = {
+    "chat": CHAT,
+    "chat, prompt apart": {"prompt": [USER], "chosen": CHAT["chosen"][1:], "rejected": CHAT["rejected"][1:]},
+    "chat, prompt repeated": {"prompt": "Name a prime.", **CHAT},
+    "texts": {"prompt": "Name a prime.", "chosen": "Seven.", "rejected": "Eight."},
+    "texts, messages": {"prompt": [USER], "chosen": "Seven.", "rejected": "Eight."},
+    "hh": {"chosen": "\n\nHuman: Name a prime.\n\nAssistant: Seven.",
+           "rejected": "\n\nHuman: Name a prime.\n\nAssistant: Eight."},
+    "rmb": {"conversation_input": [{**USER, "language": "English"}], "pair_uid": "3",
+            "chosen": {"llm_name": "A", "answer": "Seven."}, "reject": {"llm_name": "B", "answer": "Eight."}},
+    "own": {"id": "toy:1", "prompt": [USER], "chosen": "Seven.", "rejected": "Eight."},
+    "table": {**CHAT, "conversation_input": None, "prompt": None},
+}
+
+
+def pair(prompt, i=0, chosen="yes", rejected="no"):
+    return {"id": str(i), "prompt": [{"role": "user", "content": prompt}], "chosen": chosen, "rejected": rejected}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_gives_the_same_pair(name):
+    (got,) = load_pairs([FORMATS[name]])
+    assert got == {"id": "rows:1", "prompt": [USER], "chosen": "Seven.", "rejected": "Eight."}
+    (item,) = load_conversations([FORMATS[name]])
+    assert item.is_pair and item.conversations["chosen"] == CHAT["chosen"]
+    assert load_pairs([got]) == [got]
+
+
+def test_hh_dialogues_have_turns():
+    head = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: One\n\nHuman: Two\n\nAssistant: "
+    (got,) = load_pairs([{"chosen": head + " Good.\n\nStill good.", "rejected": head + "Bad."}])
+    assert got["prompt"] == [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"},
+                             {"role": "user", "content": "One\n\nTwo"}]
+    assert got["chosen"] == "Good.\n\nStill good."
+
+
+def test_unwanted_pairs_are_dropped_counted_and_told():
+    hh = "\n\nHuman: {}\n\nAssistant: {}"
+    rows = [FORMATS["texts"], {"prompt": "q", "chosen": "same", "rejected": "same "},
+            {"prompt": "q", "chosen": "a", "rejected": ""}, {"prompt": " ", "chosen": "a", "rejected": "b"},
+            {"chosen": hh.format("a", "b"), "rejected": hh.format("c", "d")},
+            {"chosen": hh.format("a", "b"), "rejected": hh.format("a", "b") + "\n\nHuman: more"}]
+    pairs = load_pairs(rows)
+    assert len(pairs) == 1 and (pairs.report.read, pairs.report.kept) == (6, 1)
+    assert pairs.report.dropped == {
+        "chosen equals rejected": 1, "empty answer or question": 2, "dialogues differ before the last answer": 1,
+        "dialogue does not end with an answer": 1}
+    assert {"kept 1 of 6 rows", "left out 2: empty answer or question"} < set(pairs.report.lines())
+    kept = drop_contaminated(pairs, ["name a prime"]).report  # the report goes on
+    assert (kept.read, kept.kept, kept.dropped) == (6, 0, pairs.report.dropped | {"prompt in a benchmark": 1})
+    with pytest.raises(DataError, match="no usable row.*left out 1: chosen equals"):
+        load_pairs(rows[1:2])
+
+
+@pytest.mark.parametrize(("bad", "words"), [
+    ({"prompt": "q", "chosen": ["a"], "rejected": "b"}, ["'chosen'", "turn 0"]),
+    ({"prompt": 3, "chosen": "a", "rejected": "b"}, ["'prompt'", "3"]),
+    ({"prompt": [], "chosen": "a", "rejected": "b"}, ["not a preference pair", "prompt, chosen"]),
+    ({"prompt": CHAT["chosen"], "chosen": "a", "rejected": "b"}, ["user turn"]),
+    ({"chosen": [{"role": "robot", "content": "x"}], "rejected": [USER]}, ["'chosen'", "turn 0", "robot"]),
+    ({"conversation_input": [USER], "chosen": {"answer": "a"}, "reject": {}}, ["rejected answer is None"]),
+    ({"prompt": "q", "chosen": "half \ud83d", "rejected": "b"}, ["lone surrogate"]),
+    ("just text", ["str"])])
+def test_bad_rows_name_file_row_and_field(tmp_path, bad, words):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps(FORMATS["texts"]) + "\n" + json.dumps(bad) + "\n")
+    with pytest.raises(DataError) as error:
+        load_pairs(path)
+    assert all(word in str(error.value) for word in ["pairs.jsonl, row 2", *words])
+
+
+def test_files_of_every_kind_and_a_folder_of_them(tmp_path):
+    rows = [FORMATS["texts"], {"prompt": "Ünï\u2028code?", "chosen": "2026-01-01", "rejected": "7"}]
+    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    (tmp_path / "c.json").write_text(json.dumps(rows))
+    pd.DataFrame(rows).to_parquet(tmp_path / "e.parquet")
+    pairs = load_pairs(tmp_path)
+    assert [user_turns(p) for p in pairs] == [["Name a prime."], ["Ünï\u2028code?"]] * 4
+    assert [p["chosen"] for p in pairs[1::2]] == ["2026-01-01"] * 4  # stays text
+    assert pairs.report.read == pairs.report.kept == len({p["id"] for p in pairs}) == 8
+    assert pairs[3]["id"] == f"{tmp_path.name}/b.jsonl.gz:2"
+
+
+def test_damaged_and_absent_files(tmp_path):
+    whole = gzip.compress(json.dumps(FORMATS["texts"]).encode() * 50)
+    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "broken.jsonl").write_text(json.dumps(FORMATS["texts"]) + '\n\n{"prompt": "q", "cho')
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "x.csv").write_text("a,b")
+    for name, word in {"cut.jsonl.gz": "damaged", "broken.jsonl": "row 2: is not JSON", "bad.parquet": "damaged",
+                       "empty.jsonl": "no usable row",
+                       "x.csv": "supported", "absent.jsonl": "no such file"}.items():
+        with pytest.raises(DataError, match=word) as caught:
+            load_pairs(tmp_path / name)
+        assert name in str(caught.value)
+
+
+def test_contaminated_prompts_are_dropped_exactly_and_nearly():
+    long = "Please write a short poem about the quiet river that runs behind my grandmother's old wooden house in May"
+    benchmark = ["What is  the CAPITAL of France?", long]
+    pairs = [pair("what is the capital of france", 0), pair("What is the capital of Spain?", 1),
+             pair("Hello. " + long.replace("May", "June") + " Make it rhyme, and keep it under ten lines.", 2),
+             pair("Please write a short poem about the sea", 3),
+             {**pair("", 4), "prompt": [{"role": "user", "content": long}, {"role": "assistant", "content": "x"},
+                                        {"role": "user", "content": "And now?"}]}]
+    kept = drop_contaminated(pairs, benchmark)
+    assert [p["id"] for p in kept] == ["1", "3"]
+    assert kept.report.dropped == {"prompt in a benchmark": 2, "prompt nearly in a benchmark": 1}
+    assert (kept.report.read, kept.report.kept) == (5, 2)
+
+
+def test_answers_that_are_the_same_tokens_are_dropped():
+    tokenizer, end = tiny_tokenizer(), " w9" * 10
+    pairs = [pair("w1", 0, "w2", "w3"), pair("w1", 1, "w2", "w2  "), pair("w1", 2, "w5" + end, "w6" + end)]
+    assert [p["id"] for p in drop_identical(pairs, tokenizer, 64)] == ["0", "2"]
+    kept = drop_identical(pairs, tokenizer, 8)  # what differs is cut off on the left
+    assert [p["id"] for p in kept] == ["0"] and kept.report.dropped == {"chosen equals rejected within 8 tokens": 2}
+
+
+def test_split_keeps_prompts_whole_and_ignores_order():
+    pairs = [pair(f"Question {i % 300}?", i) for i in range(900)]
+    train, held = split_by_prompt(pairs, 0.2, seed=1)
+    assert not {normalise(user_turns(p)[0]) for p in train} & {normalise(user_turns(p)[0]) for p in held}
+    assert len(train) + len(held) == 900 and 0.12 < len(held) / 900 < 0.28
+    assert [p["id"] for p in held][:4] == ["2", "7", "10", "20"]  # as ever
+    assert split_by_prompt(pairs[::-1], 0.2, seed=1)[1] == held[::-1] != split_by_prompt(pairs, 0.2, seed=2)[1]
+    twins = split_by_prompt([*pairs, pair("question 2", -1)], 0.2, seed=1)[1]
+    assert twins[-1]["id"] == "-1"  # case and punctuation do not part twins
+    with pytest.raises(DataError, match="side empty"):
+        split_by_prompt(pairs[:1])
+    with pytest.raises(ConfigError):
+        split_by_prompt(pairs, 1.5)
+
+
+def test_rows_to_score_are_named_conversations():
+    rows = [{"prompt": "q", "response": "", "id": 7}, {"prompt": [USER], "responses": ["a", ""]},
+            {"messages": conversation("q", "")}]
+    one, two, three = load_conversations(rows)
+    assert (one.row, one.id, one.conversations) == (1, "7", {"response": conversation("q", "")})
+    assert two.id is None and two.conversations["response_2"] == [USER, {"role": "assistant", "content": ""}]
+    assert three.conversations == one.conversations and not three.is_pair
+
+
+@pytest.mark.parametrize(("bad", "words"), [
+    ({"text": "a"}, "has the fields text; needed"), ({"prompt": "q", "responses": []}, "needed"),
+    ({"prompt": "q", "response": 3}, "no text field 'content'"), ({"prompt": 3, "response": "a"}, "'prompt' is 3"),
+    ({"messages": [USER]}, "last message has role 'user'"), ({"messages": 3}, "'messages' is 3")])
+def test_bad_rows_to_score_are_named(bad, words):
+    with pytest.raises(DataError, match=f"rows, row 1: .*{words}"):
+        load_conversations([bad])
+
+
+def test_hub_pairs_need_a_pinned_commit_and_name_what_failed(monkeypatch):
+    with pytest.raises(ConfigError, match="40-digit"):
+        load_pairs("hub:owner/name", revision="main")
+
+    def fail(repo, **kwargs):
+        raise FileNotFoundError("not cached")
+
+    monkeypatch.setattr("sarmlib.data.rows.check_access", lambda *args, **kwargs: None)
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    for offline, kind in ((True, OfflineError), (False, DataError)):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(kind, match="owner/name.*not cached.*pass the file"):
+            load_pairs("hub:owner/name", revision="b" * 40)
+
+
+@pytest.mark.parametrize(("name", "kept", "read"), [
+    ("hh_rlhf/harmless-base.test.jsonl.gz", 2308, 2312), ("hh_rlhf/helpful-base.test.jsonl.gz", 2348, 2354),
+    ("hh_rlhf/helpful-online.test.jsonl.gz", 1130, 1137), ("rmb/Pairwise_set.Helpfulness.jsonl.gz", 8444, 8456)])
+def test_real_files(name, kept, read):
+    pairs = load_pairs(shared_path(f"data/real/{name}"))
+    assert (len(pairs), pairs.report.read) == (kept, read)
+    assert sum(pairs.report.dropped.values()) == read - kept and len({p["id"] for p in pairs}) == kept

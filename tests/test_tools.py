@@ -1,0 +1,115 @@
+"""The maintainers' tools: pretraining the toy backbone in miniature, its probes, and the README's tables."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import random
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from sarmlib.data.toyworld.tokenizer import build_tokenizer
+from sarmlib.errors import ConfigError, DataError
+from tests.helpers import ROOT
+
+
+def load(name: str):
+    """A script of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+pt, tables = load("backbone"), load("readme_tables")
+TINY = pt.PretrainConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, layer=1, rows=4, lesson_steps=4, widen=(1, 3),
+                         corpus_steps=4, warmup=2)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer(4000)
+
+
+def tiny_model(tokenizer, config=TINY):
+    return pt.build_model(config, tokenizer)
+
+
+def test_batches_depend_on_seed_and_step_alone_and_remarks_weigh_more(tokenizer):
+    whole, later = list(pt.batches(tokenizer, TINY)), list(pt.batches(tokenizer, TINY, start=3))
+    assert len(whole) == TINY.steps == 8 and len(later) == 5
+    remarked = 0
+    for (batch, weight), (again, weight_again) in zip(whole[3:], later, strict=True):
+        assert torch.equal(batch, again) and torch.equal(weight, weight_again)
+        assert (batch != tokenizer.unk_token_id).all()
+        for ids, found in zip(batch.tolist(), weight.tolist(), strict=True):
+            ends, wanted = 0, []
+            for token in ids:
+                wanted.append(0.0 if token == tokenizer.pad_token_id else TINY.remark_weight if ends >= 2 else 1.0)
+                ends += token == tokenizer.eos_token_id
+            assert found == wanted
+            remarked += TINY.remark_weight in found
+    assert remarked > 5
+    for share in (0.15, 0.5, 1.0):
+        assert pt.lesson(share, random.Random(1)) == pt.lesson(share, random.Random(1))
+
+
+def train(tokenizer, folder, config=TINY):
+    return pt.pretrain(tokenizer, config, folder, progress=False, log_every=3, save_every=2)
+
+
+@pytest.mark.parametrize("stop_at", [3, 7])
+def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(tokenizer, tmp_path, monkeypatch, stop_at):
+    whole, told = train(tokenizer, tmp_path / "whole")
+    real, calls = pt.training_loss, itertools.count()
+
+    def loss(*args, **keywords):
+        if next(calls) == stop_at:
+            raise KeyboardInterrupt
+        return real(*args, **keywords)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(pt, "training_loss", loss)
+        with pytest.raises(KeyboardInterrupt):
+            train(tokenizer, tmp_path)
+    with pytest.raises(ConfigError, match="other settings.*move it"):
+        train(tokenizer, tmp_path, replace(TINY, seed=1))
+    model, log = train(tokenizer, tmp_path)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in whole.state_dict().items())
+    assert [entry | {"seconds": 0} for entry in log] == [entry | {"seconds": 0} for entry in told]
+    assert [entry["step"] for entry in log] == [3, 6, 8]
+
+
+def test_the_published_folder_has_its_card_and_probes(tokenizer, tmp_path, monkeypatch):
+    from transformers import AutoModelForCausalLM
+    report = pt.probe_report
+    monkeypatch.setattr(pt, "probe_report", lambda model, tokenizer: report(model, tokenizer, n=24))
+    model, log = train(tokenizer, tmp_path / "work")
+    folder = pt.publish(model, tokenizer, log, TINY, tmp_path / "out")
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 16
+    card, probes = (folder / "README.md").read_text(), (folder / "probe_report.csv").read_text()
+    assert "make backbone" in card and "| factual truth |" in card
+    assert probes.count("\n") == 1 + 2 * 2 * len(pt.ATTRIBUTES)
+
+
+def test_readme_text_is_replaced_between_its_markers(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb\n")
+    tables.replace_between(path, "results", "new\n")
+    assert path.read_text() == "a\n<!-- results:begin -->\nnew\n<!-- results:end -->\nb\n"
+    with pytest.raises(DataError, match="needs one line <!-- other:begin -->"):
+        tables.replace_between(path, "other", "x")
+
+
+def test_the_claims_table_quotes_the_paper_and_keeps_its_value_apart():
+    import pandas as pd
+    rows = [{"id": "C1", "sentence": "a | b\nc", "where": "Method", "quantity": "error", "value": 0.04561, "low": 0.04,
+             "high": 0.05, "paper": None, "verdict": "holds"},
+            {"id": "C2", "sentence": "d", "where": "Setup", "quantity": "n", "value": float("nan"),
+             "low": float("nan"), "high": float("nan"), "paper": 0.9, "verdict": "not measured"}]
+    first, second = tables.claims_markdown(pd.DataFrame(rows)).splitlines()[2:]
+    assert first == "| C1 | “a \\| b c” (Method) | error | 0.0456 [0.04, 0.05] | – | holds |"
+    assert second == "| C2 | “d” (Setup) | n | – | 0.9 | not measured |"
