@@ -30,7 +30,7 @@ def test_an_explanation_reads_well_as_text():
                      f"(2 more features: {found.rest:+.2f})")
     assert header.split() == ["label", "feature", "z", "w", "contribution"]
     assert found.table["contribution"].sum() + found.rest == pytest.approx(found.reward, abs=1e-5)
-    assert len(rows) == 2 and "politeness" in rows[0] and f"{found.table['z'][0]:+.4f}" in rows[0]
+    assert len(rows) == 2 and "politeness" in rows[0] and f"{found.table['z'][0]:+.2f}" in rows[0]
     same = explain_pair(tiny_sarm(), tiny_tokenizer(), "w5", "w6", "w6")  # every feature pays nothing
     assert str(same).startswith("margin +0.00 at token") and len(same.table) == 4 and "contribution +" not in str(same)
     assert not any(str(feature) in str(same).partition("\n")[2].split() for feature in same.table["feature"])

@@ -27,9 +27,11 @@ class Explanation:
 
     def __str__(self) -> str:
         name = "margin" if "z_chosen" in self.table else "reward"
-        first = [column for column in ("label", "feature") if column in self.table]
         table = self.table.loc[self.table["contribution"] != 0]  # equal in a pair: pays nothing
-        table = table.set_index(first).reset_index().to_string(index=False, float_format="{:+.4f}".format)
+        if "label" in table:  # in front, at a width that a terminal holds
+            words = [f"{label[:47]}…" if len(label) > 48 else label for label in table["label"]]
+            table = table.assign(label=words).set_index(["label", "feature"]).reset_index()
+        table = table.to_string(index=False, float_format="{:+.2f}".format)
         more = self.n_active - len(self.table)
         left_out = f" ({more} more features: {self.rest:+.2f})" if more else ""
         total = f"{name} {self.reward:+.2f} at token {self.token!r} = sum of {self.n_active} features"
