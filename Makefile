@@ -25,7 +25,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The kernel of .venv, even where a user-level kernel has the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup reproduce test notebooks figures report backbone verify lock clean distclean
+.PHONY: help setup reproduce test test-slow notebooks figures report backbone verify lock clean distclean
 
 help:  ## show this list
 	@echo "usage: make <target> [PROFILE=toy|smollm2|local|gpu|paper-2b|paper-3b|paper-4b|released] [DATA=folder]"
@@ -51,11 +51,14 @@ reproduce: $(STAMP)  ## run the whole paper: PROFILE=toy (default), or PROFILE=l
 test: $(STAMP)  ## lint, types, unit tests, and every notebook re-executed and compared with its committed output
 	$(PY) -m ruff check .
 	$(PY) -m mypy --no-error-summary
-	$(PY) -m pytest -q -n 2 --dist loadfile tests
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	if ls notebooks/*.ipynb >/dev/null 2>&1; then \
 	  SARMLIB_RUNS="$$runs" $(PY) -m pytest -q -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks; \
 	else echo "no notebooks yet"; fi
+
+test-slow: $(STAMP)  ## the slow tests: a run that is killed goes on, a wheel reproduces without a checkout
+	$(PY) -m pytest -q -m slow tests
 
 notebooks: $(STAMP)  ## refresh the committed notebook outputs (toy profile)
 	$(PY) -m sarmlib notebooks
