@@ -675,8 +675,8 @@ def _draw(items: list, count: int | None, seed: int) -> list:
     return [items[i] for i in order[:count]]
 
 
-def _limit(rows: list[dict], group: str, count: int | None, seed: int) -> list[dict]:
-    """At most ``count`` rows per group, drawn with a seed, in their own order; Ties couples stay whole."""
+def _limit(rows: list[dict], group: str, count: int | tuple | None, seed: int) -> list[dict]:
+    """At most ``count`` rows per group (a tuple names groups and counts), drawn with a seed; Ties couples stay whole."""
     if count is None:
         return rows
     groups: dict[str, dict[str, list[int]]] = {}
@@ -688,7 +688,8 @@ def _limit(rows: list[dict], group: str, count: int | None, seed: int) -> list[d
     for name, couples in groups.items():
         order = list(couples.values())
         drawn = [i for n in rng.permutation(len(order)) for i in order[n]]
-        kept += drawn[: count - count % 2 if name.lower() == "ties" else count]
+        size = dict(count).get(name, len(drawn)) if isinstance(count, tuple) else count
+        kept += drawn[: size - size % 2 if name.lower() == "ties" else size]
     return [rows[i] for i in sorted(kept)]
 
 

@@ -48,6 +48,8 @@ Seed = Annotated[Whole, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
+Parts = Annotated[tuple[tuple[str, Count], ...],
+                  BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value)]
 ProperShare = Annotated[Number, Field(ge=0, lt=1)]
 
 
@@ -143,7 +145,7 @@ class Benchmarks(Settings):
     rewardbench2_revision: str | None = None
     rm_bench: str = "THU-KEG/RM-Bench"  # "the out-of-distribution preference dataset RM-Bench"
     rm_bench_revision: str | None = None
-    items_per_subset: Count | None = None  # or per domain; None = all
+    items_per_subset: Count | Parts | None = None  # or per domain; {code: 60}: of this one; None = all
     max_length: Count = 2048  # tokens per conversation, as both official scorers
     batch_tokens: Count = 16384  # padded tokens per forward pass
 

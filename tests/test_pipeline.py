@@ -172,6 +172,13 @@ def test_ties_keep_their_partners_when_rows_are_limited():
     assert sum(row["subset"] == "Safety" for row in kept) == 4 and kept == [row for row in rows if row in kept]
 
 
+def test_a_limit_can_name_one_group_and_leave_the_others_whole():
+    rows = [{"id": str(i), "domain": domain} for i, domain in enumerate(["chat", "code", "code", "chat", "code"])]
+    assert [row["id"] for row in pipeline._limit(rows, "domain", (("code", 3),), 0)] == list("01234")
+    kept = pipeline._limit(rows, "domain", (("code", 1),), 0)
+    assert [row["domain"] for row in kept].count("code") == 1 and [row["domain"] for row in kept].count("chat") == 2
+
+
 def test_states_above_the_budget_are_streamed_and_the_held_out_ones_come_first(backbone, tmp_path):
     run = Run(miniature(backbone, corpus__budget_gb=0, sae__steps=None), root=tmp_path, progress=False)
     vectors, meta = run.vectors("sentence_end"), run.activations("sentence_end").meta
