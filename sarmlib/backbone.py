@@ -50,11 +50,11 @@ def strip_final_norm(model: nn.Module) -> None:
 
     ModelError for a family whose norm is not found: its last state would be another quantity.
     """
+    modules = dict(model.named_modules())
     for path in FINAL_NORMS:
-        parent, _, name = path.rpartition(".")
-        owner = getattr(model, parent, None) if parent else model
-        if isinstance(getattr(owner, name, None), nn.Module):
-            setattr(owner, name, nn.Identity())
+        if path in modules:
+            parent, _, name = path.rpartition(".")
+            setattr(modules[parent], name, nn.Identity())
             return
     raise ModelError(f"no final norm ({', '.join(FINAL_NORMS)}) in {type(model).__name__}, model_type "
                      f"{model.config.model_type!r}; use a decoder such as llama, qwen2, mistral or gpt_neox")

@@ -41,12 +41,11 @@ def write_browser(output: str | Path, contexts: Contexts, labels: Sequence[Label
     output = Path(output)
     if output.exists() and not (output / MARK).exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and holds no feature browser; name another folder, or remove it")
-    pages = _Pages(contexts, labels, judged)
+    pages, provenance = _Pages(contexts, labels, judged), dict(provenance or {})
+    env = _environment(" · ".join(f"{name} {value}" for name, value in provenance.items()))
     fresh = output.with_name(f".{output.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    provenance, env = dict(provenance or {}), _environment()
-    env.globals["footer"] = " · ".join(f"{name} {value}" for name, value in provenance.items())
 
     def save(name: str, template: str, **values) -> None:
         page = env.get_template(template).render(values)
@@ -56,7 +55,7 @@ def write_browser(output: str | Path, contexts: Contexts, labels: Sequence[Label
     reliable = [row for row in rows if row.get("reliable") is True]
     for name, part in (("index", rows), ("reliable", reliable)):
         save(name, "index.html", rows=part, n_live=len(rows), n_reliable=len(reliable), shape=contexts.z.shape)
-    for feature in tqdm(pages.order, desc="feature pages", unit="page", disable=None):
+    for feature in tqdm(pages.rows, desc="feature pages", unit="page", disable=None):
         save(f"feature-{feature}", "feature.html", **pages.feature(feature))
     pairs = [pages.pair(i, *sides) for i, sides in enumerate(pages.pairs(n_pairs), 1)]
     save("pairs", "pair.html", pairs=pairs)
@@ -83,12 +82,12 @@ def _number(value, sign: str = "") -> str:
     return "–" if value is None or not np.isfinite(value) else f"{value:{sign}.3g}"
 
 
-def _environment() -> Environment:
+def _environment(footer: str) -> Environment:
     env = Environment(loader=PackageLoader("sarmlib"), autoescape=True, undefined=StrictUndefined,
                       trim_blocks=True, lstrip_blocks=True)
-    css = env.get_template("style.css").render()
+    css = hashlib.sha256(env.get_template("style.css").render().encode()).digest()
     env.filters |= {"show": visible, "num": _number, "pct": lambda value: f"{100 * value:.1f}\u202f%"}
-    env.globals |= {"css_hash": base64.b64encode(hashlib.sha256(css.encode()).digest()).decode()}
+    env.globals |= {"css_hash": base64.b64encode(css).decode(), "footer": footer}
     return env
 
 
@@ -97,7 +96,7 @@ class _Pages:
 
     def __init__(self, contexts: Contexts, labels: Sequence[Label], judged: pd.DataFrame | None):
         self.contexts, self.w = contexts, contexts.w
-        self.units = contexts.index.to_dict("records")
+        self.units = [{"prompt_text": "", **unit} for unit in contexts.index.to_dict("records")]
         self.labels = {label.feature: label for label in labels if not label.abstained}
         table = contexts.features()
         live = table[table["kind"] != "dead"].sort_values("contribution_sd", ascending=False, kind="stable")
@@ -107,27 +106,21 @@ class _Pages:
             live = live.merge(judged[[c for c in judged if c == "feature" or c not in live]], "left", "feature")
         said = live["feature"].map(lambda f: self.labels[f].text if f in self.labels else f"feature {f}")
         self.rows = {row["feature"]: row for row in live.assign(label=said).to_dict("records")}
-        self.order = list(self.rows)
 
     def feature(self, feature: int) -> dict:
         """Everything on a feature's page."""
-        contexts, z, place = self.contexts, self.contexts.activation(feature), self.order.index(feature)
-        chosen = (contexts.index["label"] == "chosen").to_numpy()
+        contexts, z, order = self.contexts, self.contexts.activation(feature), [None, *self.rows, None]
+        rank, chosen = order.index(feature), (contexts.index["label"] == "chosen").to_numpy()
         domains = pd.Series(z != 0).groupby(contexts.index["domain"].to_numpy()).mean().nlargest(4)
-        examples = [self.unit(e.row, feature, e.decile) for e in contexts.examples(feature).itertuples()]
+        examples = [{**self.units[one.row], "decile": one.decile, "z": one.z, "paid": self.w[feature] * one.z}
+                    for one in contexts.examples(feature).itertuples()]
         near = contexts.neighbours(feature, 8)
-        around = [None, *self.order, None]
-        return {"f": self.rows[feature], "label": self.labels.get(feature), "rank": place + 1,
-                "n_live": len(self.order), "previous": around[place], "following": around[place + 2],
+        return {"f": self.rows[feature], "label": self.labels.get(feature), "rank": rank, "n_live": len(self.rows),
+                "previous": order[rank - 1], "following": order[rank + 1],
                 "on_chosen": (z[chosen] != 0).mean(), "on_rejected": (z[~chosen] != 0).mean(),
                 "domains": domains.items(), "mean_active": z[z != 0].mean(), "histogram": histogram(z, chosen),
                 "examples": examples[:3], "more": examples[3:],
                 "together": [(self.rows[one.feature], one.jaccard) for one in near.itertuples()]}
-
-    def unit(self, row: int, feature: int, decile: int) -> dict:
-        """One response: its index row, and what ``feature`` paid there."""
-        z = self.contexts.z[row, feature]
-        return {"prompt_text": "", **self.units[row], "decile": decile, "z": z, "paid": self.w[feature] * z}
 
     def pairs(self, n: int) -> list[tuple[int, int]]:
         """Rows (chosen, rejected), one pair per prompt; half of them decided wrongly, if so many are."""
@@ -149,7 +142,7 @@ class _Pages:
         bars = [{"f": self.rows[f], "value": paid[f], "z": z[:, f]} for f in order[:BARS]]
         if more := order[BARS:].tolist():
             bars.append({"f": None, "text": f"{len(more)} more features", "value": paid[more].sum()})
-        sides = [{"prompt_text": "", **self.units[row]} for row in (chosen, rejected)]
+        sides = [self.units[chosen], self.units[rejected]]
         margin, total = sides[0]["reward"] - sides[1]["reward"], float(paid.sum())
         exact = abs(total - margin) <= 1e-5 * (1 + np.abs(self.w * z).sum())
         return {"id": number, "sides": sides, "margin": margin, "total": total, "exact": exact,
@@ -158,11 +151,10 @@ class _Pages:
 
 def _waterfall(bars: list[dict], total: float) -> list[dict]:
     """Where each bar stands on an axis 100 wide: where the one above ends; the last is the margin."""
-    bars = [*bars, {"f": None, "text": "margin", "value": total}]
-    ends = np.cumsum([0.0, *(bar["value"] for bar in bars[:-1])])
-    spans = [*zip(ends[:-1], ends[1:], strict=True), (0.0, total)]
+    ends = np.cumsum([0.0, *(bar["value"] for bar in bars)])
     scale = 100 / max(np.ptp(ends), 1e-12)
-    for bar, (start, stop) in zip(bars, spans, strict=True):
+    bars = [*bars, {"f": None, "text": "margin", "value": total}]
+    for bar, start, stop in zip(bars, [*ends[:-1], 0.0], [*ends[1:], total], strict=True):
         left, width = (min(start, stop) - ends.min()) * scale, abs(stop - start) * scale
         bar |= {"x": round(left, 2), "width": round(max(width, 0.4), 2), "zero": round(-ends.min() * scale, 2)}
     return bars

@@ -46,8 +46,8 @@ def encode_conversations(tokenizer, conversations: Iterable[Sequence[dict]],
                          max_length: int | None = None) -> list[list[int]]:
     """Token ids of each conversation, cut by `truncate_left` if `max_length` is given.
 
-    Where the template or the tokenizer writes a BOS there is one, first.  White space that a template puts
-    after its end of turn is dropped, so that the end of turn is rewarded.
+    Where the template or the tokenizer writes a BOS there is one, first; white space after the last end of
+    turn is dropped, so that the end of turn is rewarded.
     """
     texts = [render(tokenizer, messages) for messages in conversations]
     encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
@@ -60,8 +60,8 @@ def truncate_left(tokenizer, sequences: Iterable[list[int]], max_length: int) ->
     if max_length < 2:
         raise ConfigError(f"max_length must be at least 2 (BOS and end of turn), got {max_length}")
     bos = _facts(tokenizer, tokenizer.chat_template)[0]
-    heads = ((ids, ids[:1] if ids[0] == bos else []) for ids in sequences)
-    return [ids if len(ids) <= max_length else head + ids[len(head) - max_length:] for ids, head in heads]
+    cut = ((ids, ids[:1] if ids[0] == bos else []) for ids in sequences)
+    return [ids if len(ids) <= max_length else head + ids[len(head) - max_length:] for ids, head in cut]
 
 
 def fit_length(model, max_length: int) -> int:
@@ -91,11 +91,10 @@ def pad_id(tokenizer) -> int:
 
 def collate(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> dict[str, Tensor]:
     """Right-padded batch ``{"input_ids": int64 [B, T], "attention_mask": int64 [B, T]}``."""
-    lengths = [len(ids) for ids in sequences]
-    width = max(lengths)
-    input_ids = [[*ids, *[pad_id] * (width - len(ids))] for ids in sequences]
-    attention_mask = (torch.arange(width) < torch.tensor(lengths)[:, None]).long()
-    return {"input_ids": torch.tensor(input_ids), "attention_mask": attention_mask}
+    lengths = torch.tensor([len(ids) for ids in sequences])
+    width = int(lengths.max())
+    input_ids = torch.tensor([[*ids, *[pad_id] * (width - len(ids))] for ids in sequences])
+    return {"input_ids": input_ids, "attention_mask": (torch.arange(width) < lengths[:, None]).long()}
 
 
 def reward_position(attention_mask: Tensor) -> Tensor:
@@ -116,14 +115,13 @@ def _facts(tokenizer, template: str | None) -> tuple[int | None, set[int], int |
     blank = {i for i in ids if i not in special and not tokenizer.decode([i]).strip()}
     while len(ids) > 1 and ids[-1] in blank:
         ids = ids[:-1]
-    closes = ids[-1] in special and ids[-1] != tokenizer.unk_token_id
-    opens = bos in (*ids[:1], *empty[:1])
-    return bos if opens else None, blank, ids[-1] if closes else tokenizer.eos_token_id
+    end = ids[-1] if ids[-1] in special - {tokenizer.unk_token_id} else tokenizer.eos_token_id
+    return bos if bos in (*ids[:1], *empty[:1]) else None, blank, end
 
 
 def _tidy(tokenizer, ids: list[int]) -> list[int]:
     bos, blank, end = _facts(tokenizer, tokenizer.chat_template)
-    while len(ids) > 1 and ids[-1] in blank and ids[-1] != end:
+    while len(ids) > 1 and ids[-1] in blank:
         ids = ids[:-1]
     if bos == end and bos is not None:  # (GPT-2 style) only the one at the front opens the text
         return [bos, *ids[ids[0] == bos:]]

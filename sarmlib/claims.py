@@ -93,35 +93,31 @@ class Claims:
 
         interval: (low, high) at 95 %; exact claims need none.  A NaN fails, also without a band (``[--]``).
         """
-        claim, value = self._claim(id), float(value)
+        claim, value = self._unchecked(id), float(value)
         if interval is None and claim.same == "exact":
             interval = (value, value)
         ends = list(interval[1:3] if isinstance(interval, Interval) else interval or ())
         band, finite = claim.band.get(self.profile), all(map(math.isfinite, (value, *ends)))
-        ok = finite and (band is None or value in band)
         where = f"band {band.lo:g} .. {band.hi:g}" if band else f"no band for profile {self.profile}"
-        mark = "[FAIL]" if not ok else "[ok]" if band else "[--]"
-        print(f"{mark} {id} {claim.title} ({where})" + ("" if finite else ": not a finite number"))
-        self._store(id, ok=ok, value=value, interval=ends or None, band=[band.lo, band.hi] if band else None)
-        return ok
+        words = f"{claim.title} ({where})" + ("" if finite else ": not a finite number")
+        ok = finite and (band is None or value in band)
+        return self._keep(id, ok, "[ok]" if band else "[--]", words, value=value, interval=ends or None,
+                          band=[band.lo, band.hi] if band else None)
 
     def control(self, id: str, value: float, broken: str) -> bool:
         """Show that a claim can fail: ``value``, measured on a ``broken`` version, must leave the band."""
         if id not in self.results:
             raise ClaimError(f"control of claim {id!r} before its check")
-        band = self.claims[id].band.get(self.profile)
-        ok = band is None or float(value) not in band
-        print(f"{'[can fail]' if ok else '[FAIL]'} {id} {broken}" + ("" if ok else ": stays inside the band"))
-        own = self.results[id]
-        self._store(id, **own | {"control": float(value), "broken": broken, "ok": own["ok"] and ok})
-        return ok
+        own, band = self.results[id], self.claims[id].band.get(self.profile)
+        left = band is None or float(value) not in band
+        return self._keep(id, left, "[can fail]", broken + ("" if left else ": stays inside the band"),
+                          **own | {"control": float(value), "broken": broken, "ok": own["ok"] and left})
 
     def skip(self, id: str, reason: str) -> None:
         """Say that this profile's data cannot measure a claim; fails where the profile has a band for it."""
-        claim = self._claim(id)
-        ok = self.profile not in claim.band
-        print(f"{'[--]' if ok else '[FAIL]'} {id} {claim.title} (not measured: {reason})")
-        self._store(id, ok=ok, value=None, interval=None, band=None, reason=reason)
+        claim = self._unchecked(id)
+        self._keep(id, self.profile not in claim.band, "[--]", f"{claim.title} (not measured: {reason})",
+                   value=None, reason=reason)
 
     def record(self, name: str, value: Any) -> None:
         """Keep another number, list or dict beside the claims, for the report (NaN and infinity as null)."""
@@ -130,22 +126,25 @@ class Claims:
 
     def close(self) -> None:
         """Print ``n/n claims checked``; ClaimError names the checks that failed or were left out."""
-        bad = {id: "outside its band" if id in self.results else "never checked" for id in self.claims
-               if not self.results.get(id, {}).get("ok")}
+        bad = [f"{id} {'outside its band' if id in self.results else 'never checked'}" for id in self.claims
+               if not self.results.get(id, {}).get("ok")]
         print(f"{len(self.claims) - len(bad)}/{len(self.claims)} claims checked")
         if bad:
-            raise ClaimError("; ".join(f"{id} {why}" for id, why in bad.items()))
+            raise ClaimError("; ".join(bad))
 
-    def _claim(self, id: str) -> Claim:
+    def _unchecked(self, id: str) -> Claim:
         if id not in self.claims:
             raise ClaimError(f"claim {id!r} is none of notebook {self.notebook!r}: {', '.join(self.claims)}")
         if id in self.results:
             raise ClaimError(f"claim {id} is checked twice")
         return self.claims[id]
 
-    def _store(self, id: str, **result: Any) -> None:
-        self.results[id] = result
+    def _keep(self, id: str, in_band: bool, mark: str, words: str, /, **result: Any) -> bool:
+        """Print the line and store the result, whose ``ok`` is ``in_band`` unless it says otherwise."""
+        print(f"{mark if in_band else '[FAIL]'} {id} {words}")
+        self.results[id] = {"ok": in_band} | result
         self._write()
+        return in_band
 
     def _write(self) -> None:
         kept = {"profile": self.profile, "notebook": self.notebook, "versions": versions(),

@@ -32,6 +32,11 @@ def option(help: str, *names: str, **settings) -> Any:
     return typer.Option(*names, help=help, **settings)
 
 
+def _runs(path: Path | None) -> None:
+    if path:
+        os.environ["SARMLIB_RUNS"] = str(path.resolve())
+
+
 def _writable(path: Path | None) -> Path | None:
     """Refuse, before the work, an output that cannot be written; with a suffix it is a file."""
     if path is not None:
@@ -44,7 +49,7 @@ def _writable(path: Path | None) -> Path | None:
 
 Profile = Annotated[str, option("name of a profile, or a YAML file")]
 Data = Annotated[str | None, option("your folder, for profiles whose sources are 'data'")]
-Runs = Annotated[Path | None, option("folder of all profiles' artifacts; default: runs")]
+Runs = Annotated[Path | None, option("folder of all profiles' artifacts; default: runs", callback=_runs)]
 Seed = Annotated[int | None, option("default: the first of the profile")]
 Model = Annotated[str, option("folder, hub id or id@commit; or toy, the SARM of the toy profile")]
 Trust = Annotated[bool, option("run the Python code that the model brings", "--trust-remote-code")]
@@ -60,7 +65,6 @@ Labels = Annotated[Path | None, option("JSON {feature: words}, as browse writes 
 Folder = Annotated[Path, option("folder to write; the same command goes on after a stop", callback=_writable)]
 Base = Annotated[str, option("profile of the settings that nothing else names")]
 Settings = Annotated[list[str] | None, option("setting of the profile, as sae.k_ratio=3/64", "--set")]
-DryRun = Annotated[bool, option("say what it would cost; start nothing", "--dry-run")]
 
 
 @app.callback(invoke_without_command=True)
@@ -72,12 +76,13 @@ def _options(version: Annotated[bool, option("print the version", "--version")] 
 
 
 @command(RUN, "reproduce --profile toy")
-def reproduce(profile: Profile = "toy", data: Data = None, runs: Runs = None, dry_run: DryRun = False,
+def reproduce(profile: Profile = "toy", data: Data = None, runs: Runs = None,
+              dry_run: Annotated[bool, option("say what it would cost; start nothing", "--dry-run")] = False,
               notebook: Annotated[list[str] | None, option("only this one; repeatable")] = None,
               hardware: Annotated[str, option("accelerator that --dry-run plans for")] = "h100",
               devices: Annotated[int, option("how many of them", min=1)] = 1) -> None:
     """Run every notebook with a profile; print times, figures and a verdict on each claim."""
-    job = _run(profile, data, runs)
+    job = _run(profile, data)
     if dry_run:
         from sarmlib.plan import lines
         print(lines(job.profile, hardware, devices))
@@ -86,7 +91,7 @@ def reproduce(profile: Profile = "toy", data: Data = None, runs: Runs = None, dr
     job.check_hub()
     _execute(profile, notebook, runs=root.parent, data=job.profile.data)
     print(f"\nfigures: {root / 'figures'}\n")
-    verify(profile, runs)
+    verify(profile)
     print(f"\ntry: sarmlib {FIRST}")
 
 
@@ -101,8 +106,8 @@ def run(stage: Literal["activations", "sae", "reward", "scores", "labels"], prof
         data: Data = None, runs: Runs = None, seed: Seed = None,
         variant: Annotated[str, option("the reward model whose stages are meant")] = "sarm") -> None:
     """Make one stage of a profile and what it needs; on many devices: accelerate launch -m sarmlib run."""
+    job = _run(profile, data)  # first: it sets the threads of what is imported
     from sarmlib.pipeline import SAE_OF_VARIANT
-    job = _run(profile, data, runs)
     number = job.profile.seeds[0] if seed is None else seed
     positions = SAE_OF_VARIANT.get(variant)
     if stage in ("activations", "sae") and positions is None:
@@ -117,8 +122,8 @@ def run(stage: Literal["activations", "sae", "reward", "scores", "labels"], prof
 def verify(profile: Profile = "toy", runs: Runs = None) -> None:
     """Print one line per claim of the last run, and whether every stored artifact is whole."""
     from sarmlib.claims import verdicts
-    from sarmlib.store import Store
-    root = _root(profile, runs)
+    from sarmlib.store import Store, default_root
+    root = default_root(Path(profile).stem)
     table = verdicts(root / "results")
     shown = table[["id", "verdict", "title", "value", "low", "high", "paper"]]
     print(shown.astype(object).where(shown.notna(), "").to_string(
@@ -133,7 +138,9 @@ def verify(profile: Profile = "toy", runs: Runs = None) -> None:
 @command(RUN, "figures --profile toy")
 def figures(profile: Profile = "toy", runs: Runs = None) -> None:
     """Copy the figures of the last run (PNG, PDF, numbers and words) to figures/<profile>."""
-    drawn, target = _root(profile, runs) / "figures", Path("figures") / Path(profile).stem
+    from sarmlib.store import default_root
+    name = Path(profile).stem
+    drawn, target = default_root(name) / "figures", Path("figures") / name
     if not drawn.is_dir():
         raise NotMadeError(f"there is no {drawn}; `sarmlib reproduce --profile {profile}` draws the figures")
     shutil.copytree(drawn, target, dirs_exist_ok=True)
@@ -194,7 +201,7 @@ def steer(model: Model, output: Annotated[Path, option("folder to write", callba
           undo: Annotated[bool, option("undo every recorded edit", "--undo")] = False) -> None:
     """Edit head weights of a saved SARM; the edit is recorded in its config and can be undone."""
     try:
-        factors = {int(name): float(value) for name, value in _assigned(feature, "--feature").items()}
+        factors = {int(name): float(value) for name, value in _assigned(feature).items()}
     except (TypeError, ValueError):
         raise typer.BadParameter("--feature: give ID=NUMBER, for example 123=8") from None
     if undo == bool(factors) or output.exists():
@@ -305,7 +312,7 @@ def _profile(name: str, settings: list[str] | None, sources: dict[str, str]):
 
     from sarmlib.profiles import load_profile
     own: dict[str, Any] = {f"{source.partition('.')[0]}.revision": None for source in sources}
-    own |= sources | {"corpus.dialogue_share": 0.0, "device": "auto"} | _assigned(settings, "--set")
+    own |= {**sources, "corpus.dialogue_share": 0.0, "device": "auto", **_assigned(settings)}
     profile = load_profile(name, **own)
     on_gpu = profile.device != "cpu" and torch.cuda.is_available()
     return profile if on_gpu else profile.model_copy(update={"dtype": "float32"})
@@ -328,8 +335,8 @@ def browse(output: Annotated[Path, option("folder of the pages and of labels.jso
     """Write the feature browser of a finished run: static pages, no script, no network."""
     from sarmlib.browser import write_browser
     from sarmlib.store import versions
-    job = _run(profile, data, runs)
-    job.store.read_only, number = True, job.profile.seeds[0] if seed is None else seed
+    job = _run(profile, data, read_only=True)
+    number = job.profile.seeds[0] if seed is None else seed
     page = write_browser(output, job.contexts(number), job.label_objects(number), job.label_table(number),
                          provenance={"profile": profile, "seed": str(number), **versions()})
     print(f"open {page}; its words: sarmlib explain --labels {output / 'labels.json'} ...")
@@ -358,17 +365,10 @@ def doctor() -> None:
             print(f"{name:<12} {str(error).splitlines()[0]}")
 
 
-def _root(profile: str, runs: Path | None) -> Path:
-    from sarmlib.store import default_root
-    if runs:
-        os.environ["SARMLIB_RUNS"] = str(runs.resolve())
-    return default_root(Path(profile).stem)
-
-
-def _run(profile: str, data: str | None = None, runs: Path | None = None):
+def _run(profile: str, data: str | None = None, read_only: bool = False):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the pipeline's workers: sums come out the same
     from sarmlib.pipeline import Run
-    return Run(profile, data=data, root=_root(profile, runs))
+    return Run(profile, data=data, read_only=read_only)
 
 
 def _scorer(model: str, trust: bool = False):
@@ -388,8 +388,7 @@ def _scorer(model: str, trust: bool = False):
 
 def _toy_labels() -> dict[int, str]:
     """Words for the toy SARM's features, if the toy profile's labels have been made."""
-    job = _run("toy")
-    job.store.read_only = True
+    job = _run("toy", read_only=True)
     with suppress(NotMadeError):
         return {one.feature: one.text for one in job.label_objects(job.profile.seeds[0]) if not one.abstained}
     return {}
@@ -408,13 +407,10 @@ def _labels(path: Path) -> dict[int, str]:
 def _items(input: Path | None, prompt: str | None, **answers):
     """The rows that the options name: a file, or a prompt with its answers."""
     from sarmlib.data.pairs import load_conversations
-    row = {"prompt": prompt, **answers}
-    given = [name for name, value in row.items() if value]
-    if not input and prompt and len(given) > 1:
-        return load_conversations([{name: row[name] for name in given}])
-    if not input or given:
+    row = {name: value for name, value in {"prompt": prompt, **answers}.items() if value}
+    if row if input else not prompt or len(row) == 1:
         raise typer.BadParameter("give --input FILE, or --prompt TEXT and its answers: " + ", ".join(answers))
-    return load_conversations(input)
+    return load_conversations(input or [row])
 
 
 def _deliver(rows: list[dict], output: Path | None, items) -> None:
@@ -427,14 +423,13 @@ def _deliver(rows: list[dict], output: Path | None, items) -> None:
     print(text, end="")
 
 
-def _assigned(texts: list[str] | None, option: str) -> dict[str, Any]:
+def _assigned(texts: list[str] | None) -> dict[str, Any]:
     """{NAME: VALUE} of NAME=VALUE texts, values as YAML reads them."""
     import yaml
     try:
-        pairs = [text.split("=", 1) for text in texts or []]
-        return {name: yaml.safe_load(value) for name, value in pairs}
+        return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in texts or ())}
     except (ValueError, yaml.YAMLError):
-        raise typer.BadParameter(f"{option} {', '.join(texts or [])}: give NAME=VALUE") from None
+        raise typer.BadParameter(f"{', '.join(texts or ())}: give NAME=VALUE") from None
 
 
 def _metrics(found: dict) -> str:
@@ -448,6 +443,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments, said = argv if argv is not None else sys.argv[1:] or ["--help"], ""
     try:
         status = app(arguments, prog_name="sarmlib", standalone_mode=False) or 0
+        if status == 130:  # typer returns it for an interruption
+            said = "interrupted; what is finished is kept, the same command goes on"
     except usage as error:
         status, said = 2, error.format_message()
     except SarmlibError as error:
@@ -456,10 +453,6 @@ def main(argv: list[str] | None = None) -> int:
         if not error.filename:
             raise
         status, said = 1, f"{error.filename}: {error.strerror}; name a place that can be read and written"
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130
-    if status == 130:  # typer returns it for an interruption
-        said = "interrupted; what is finished is kept, the same command goes on"
     if said:
         print(f"error: {said}", file=sys.stderr)
     return status

@@ -14,6 +14,8 @@ import random
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from importlib.util import find_spec
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -25,24 +27,16 @@ from sarmlib.store import hash_json
 log = logging.getLogger(__name__)
 LONGEST_WAIT = 60.0  # seconds, whatever the server's Retry-After says
 HOPELESS = 20  # so many questions failing one after another mean that the server is gone
-
-
-class _NoAnswer(Exception):
-    """An attempt failed; ``after``: seconds the server asks to wait; ``charged``: the server may have worked;
-    ``final``: this question will never be answered (content filter)."""
-
-    def __init__(self, why: str, after: float | None = None, charged: bool = True, final: bool = False):
-        super().__init__(why)
-        self.after, self.charged, self.final = after, charged, final
+NEVER = float("inf")  # seconds to wait: this question will never be answered
+UNREADABLE = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class ChatEndpoint:
     """Asks many questions of one model and remembers the answers.
 
-    price: currency per million (input, output) tokens.  budget: the most that may be spent, in that currency, or
-    in tokens without a price; it counts all that this model has cost according to the cache, so it holds over
-    several runs (requests under way when a run was killed, or in another process, are not known).  cache:
-    append-only JSON Lines of answers, keyed by model, parameters and messages; several processes may share it.
+    price: currency per million (input, output) tokens.  budget: the most to spend, in that currency or, without a
+    price, in tokens, by all runs with one cache (what is under way in another process is not known).  cache:
+    append-only JSON Lines of answers; several processes may share it.
     Raises ConfigError for unusable settings and without openai.
     """
 
@@ -55,17 +49,13 @@ class ChatEndpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname or "@" in parts.netloc:
             raise ConfigError("the endpoint's address must be http(s)://host/path without user and password, "
                               "such as https://api.openai.com/v1 or http://127.0.0.1:11434/v1")
-        for value in (0 if budget is None else budget, *(price or ())):
-            if not 0 <= value < float("inf"):
-                raise ConfigError(f"budget {budget} and price {price} must be finite and not negative")
-        try:
-            import openai  # noqa: F401
-        except ImportError:
-            raise ConfigError("chat endpoints need the package openai: pip install 'sarmlib[llm]'") from None
+        if not all(0 <= value < float("inf") for value in (budget or 0, *(price or ()))):
+            raise ConfigError(f"budget {budget} and price {price} must be finite and not negative")
+        if not find_spec("openai"):
+            raise ConfigError("chat endpoints need the package openai: pip install 'sarmlib[llm]'")
         self.url = base_url.rstrip("/").removesuffix("/chat/completions")
         self.model, self.budget, self.price = model, budget, price
         self.cache = None if cache is None else Path(cache)
-        self.failures = 0  # questions that stayed without an answer after all retries
         self.spent = 0.0  # on this model, in the unit of ``budget``
         self._local = parts.hostname in ("127.0.0.1", "localhost", "::1")
         self._limit_name = "max_tokens"
@@ -92,21 +82,22 @@ class ChatEndpoint:
         """The answer to each conversation, in order; None where none came after all retries.
 
         What is in the cache is not asked, equal questions are asked once; each answer is on disk at once.
-        Raises EndpointError before the request that could exceed the budget, when the server refuses the request
-        (400, 401, 403, 404 and the like), or when nothing is answered any more.
+        Raises EndpointError before a request could exceed the budget, or when the server refuses or is gone.
         """
-        secret, stop = self._secret(), threading.Event()
+        secret = self._secret()
         keys = [self.key(messages) for messages in messages_list]
-        with self._turn, ThreadPoolExecutor(1) as other:  # of its own: it works inside a running event loop
+        # a thread of its own: the caller, such as a notebook, may have a running event loop
+        with self._turn, closing(asyncio.new_event_loop()) as loop, ThreadPoolExecutor(1) as thread:
             self._load()
             todo = {key: m for key, m in zip(keys, messages_list, strict=True) if key not in self._answers}
+            task = loop.create_task(self._ask_all(todo, secret))
             try:
-                other.submit(asyncio.run, self._ask_all(todo, secret, stop)).result()
+                thread.submit(loop.run_until_complete, task).result()
             finally:
-                stop.set()  # an interrupt ends the requests too
+                loop.call_soon_threadsafe(task.cancel)  # an interrupt ends the requests too
         return [self._answers.get(key) for key in keys]
 
-    async def _ask_all(self, todo: dict[str, list[dict]], secret: str, stop: threading.Event) -> None:
+    async def _ask_all(self, todo: dict[str, list[dict]], secret: str) -> None:
         """One event loop runs all requests, so that what they share needs no lock."""
         import openai
 
@@ -117,7 +108,7 @@ class ChatEndpoint:
         async def worker() -> None:
             for key, messages in waiting:
                 try:
-                    await self._one(client, key, messages, secret)
+                    await self._one(client, key, messages)
                 except Exception as error:
                     self._problems.append(error)
                 if self._problems:
@@ -127,92 +118,79 @@ class ChatEndpoint:
         http = openai.DefaultAsyncHttpxClient(follow_redirects=False, trust_env=not self._local)
         async with openai.AsyncOpenAI(api_key=secret or "none", base_url=self.url, max_retries=0,
                                       timeout=self.timeout, http_client=http) as client:
-            pending = {asyncio.ensure_future(worker()) for _ in range(min(self.concurrency, len(todo)))}
-            while pending:
-                _, pending = await asyncio.wait(pending, timeout=0.2)
-                if stop.is_set():
-                    for task in pending:
-                        task.cancel()
+            await asyncio.gather(*(worker() for _ in range(min(self.concurrency, len(todo)))))
         if self._problems:
             raise self._problems[0]
 
-    async def _one(self, client, key: str, messages: list[dict], secret: str) -> None:
-        """Ask one question with retries; its answer into the cache, or one more failure."""
-        size = sum(len(m["content"].encode("utf-8", "surrogatepass")) + 16 for m in messages) + 16
-        worst = [size, self.max_tokens]  # no tokenizer makes more tokens than bytes
+    async def _one(self, client, key: str, messages: list[dict]) -> None:
+        """Ask one question until it is answered, or its retries are used up."""
+        wait = 0.0
         for attempt in range(self.retries + 1):
-            await self._reserve(self._cost(worst))
-            text, usage = None, worst  # what a request that is cancelled has cost is not known
-            try:
-                text, usage = await self._post(client, messages, secret)
+            await asyncio.sleep(wait)
+            why, after = await self._attempt(client, key, messages)
+            if not why:
                 self._in_a_row = 0
                 return
-            except _NoAnswer as error:
-                why, usage = error, worst if error.charged else None
-            except EndpointError:
-                usage = None
-                raise
-            finally:
-                self._reserved.remove(self._cost(worst))
-                if usage or text is not None:  # a line without an answer is a cost alone
-                    self._store({"key": key, "answer": text, "model": self.model, "usage": usage or worst})
-            if why.final or self._problems or attempt == self.retries:
+            if after == NEVER or self._problems:
                 break
-            wait = self.backoff * 2**attempt * random.uniform(0.5, 1) if why.after is None else why.after
-            await asyncio.sleep(min(wait, LONGEST_WAIT))
-        self.failures += 1
+            wait = self.backoff * 2**attempt * random.uniform(0.5, 1) if after is None else min(after, LONGEST_WAIT)
         self._in_a_row += 1
         if self._in_a_row >= HOPELESS:
             raise EndpointError(f"{self.url}: {HOPELESS} questions in a row were not answered (last: {why}); "
                                 "see that the server runs, then run again: answers so far are kept")
-        log.warning("no answer from %s after %d attempts: %s", self.url, attempt + 1, why)
+        log.warning("no answer from %s: %s", self.url, why)
 
-    async def _post(self, client, messages, secret: str) -> tuple[str, list[int] | None]:
-        """One attempt: (answer, (input, output) tokens or None).  Raises _NoAnswer or EndpointError."""
+    async def _attempt(self, client, key: str, messages: list[dict]) -> tuple[str, float | None]:
+        """One request, reserved before and paid after: why there is no answer ("": there is), and the seconds to
+        wait before the next attempt (None: as long as we like)."""
         import openai
 
-        limit, create = self._limit_name, client.chat.completions.with_raw_response.create
+        size = sum(len(m["content"].encode("utf-8", "surrogatepass")) + 16 for m in messages) + 16
+        worst, limit = [size, self.max_tokens], self._limit_name  # no tokenizer makes more tokens than bytes
+        create = client.chat.completions.with_raw_response.create
+        await self._reserve(self._cost(worst))
+        record = {"key": key, "answer": None, "model": self.model, "usage": worst}  # also when it is cancelled
         try:
             async with asyncio.timeout(self.timeout):  # of the whole: a server may send a byte at a time
                 raw = await create(model=self.model, messages=messages, temperature=self.temperature,
                                    **{limit: self.max_tokens})
-        except openai.APIStatusError as error:
-            status, response = error.status_code, error.response
-            if status == 400 and limit == "max_tokens" and "max_completion_tokens" in response.text:
-                self._limit_name = "max_completion_tokens"  # what OpenAI's newer models call it
-                return await self._post(client, messages, secret)
-            raise self._failure(status, response, secret) from None
-        except (TimeoutError, openai.APITimeoutError):
-            raise _NoAnswer("no answer in time") from None
-        except openai.OpenAIError as error:  # without a connection nothing was asked
-            cause = type(error.__cause__).__name__
-            raise _NoAnswer(cause, charged=cause != "ConnectError") from None
-        try:
             reply = json.loads(raw.content)
-            choice, usage = reply["choices"][0], reply.get("usage")
-            text, filtered = choice["message"].get("content"), choice.get("finish_reason") == "content_filter"
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-            raise _NoAnswer("a reply that is no chat completion") from None
-        if not isinstance(text, str) or not text.strip():
-            raise _NoAnswer("the content filter" if filtered else "an empty answer", final=filtered)
-        usage = usage if isinstance(usage, dict) else {}
-        counts = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
-        return _masked(text, secret), counts if _are_counts(counts) else None
+            choice = reply["choices"][0]
+            text, record["usage"] = choice["message"].get("content"), _counts(reply.get("usage")) or worst
+            if text and text.strip():
+                record["answer"] = _masked(text, client.api_key)
+                return "", None
+            filtered = choice.get("finish_reason") == "content_filter"
+            return ("the content filter", NEVER) if filtered else ("an empty answer", None)
+        except openai.APIStatusError as error:
+            record["usage"] = [0, 0]
+            return self._refused(error.response, limit, client.api_key)
+        except TimeoutError:
+            return "no answer in time", None
+        except (openai.OpenAIError, *UNREADABLE) as error:
+            why = type(error.__cause__ or error).__name__
+            record["usage"] = [0, 0] if why == "ConnectError" else worst  # without a connection nothing was asked
+            return why, None
+        finally:
+            self._reserved.remove(self._cost(worst))
+            self._store(record)
 
-    def _failure(self, status: int, response, secret: str) -> Exception:
-        """What an HTTP status other than success means."""
-        said = _masked(response.text, secret)
+    def _refused(self, response, limit: str, secret: str) -> tuple[str, float | None]:
+        """What an HTTP status other than success means: as `_attempt`, or EndpointError."""
+        status, said = response.status_code, _masked(response.text, secret)
+        if status == 400 and limit == "max_tokens" and "max_completion_tokens" in said:
+            self._limit_name = "max_completion_tokens"  # what OpenAI's newer models call it
+            return f"{limit} is refused", 0.0
         if status == 400 and "content_filter" in said:
-            return _NoAnswer("refused by the content filter", charged=False, final=True)
+            return "refused by the content filter", NEVER
         if (status in (408, 409, 425, 429) or status >= 500) and "insufficient_quota" not in said:
             after = response.headers.get("Retry-After", "")  # a date: our own backoff counts
-            return _NoAnswer(f"status {status}", float(after) if after.isdecimal() else None, charged=False)
+            return f"status {status}", float(after) if after.isdecimal() else None
         if status in (401, 403):  # what a server says here may quote a part of the key
-            return EndpointError(f"{self.url} refuses the key (status {status}); put a valid one into the "
-                                 "environment variable OPENAI_API_KEY")
-        said = " ".join("".join(c if c.isprintable() else " " for c in said).split())[:300]
-        return EndpointError(f"{self.url} refuses the request (status {status}): {said}; check the address, the "
-                             f"model {self.model!r} and the account")
+            raise EndpointError(f"{self.url} refuses the key (status {status}); put a valid one into the "
+                                "environment variable OPENAI_API_KEY")
+        raise EndpointError(f"{self.url} refuses the request (status {status}): {said[:300]!r}; check the address, "
+                            f"the model {self.model!r} and the account")
 
     async def _reserve(self, worst: float) -> None:
         """Set the worst price of a request aside; waits for requests under way before it gives up."""
@@ -227,6 +205,9 @@ class ChatEndpoint:
         self._reserved.append(worst)
 
     def _store(self, line: dict) -> None:
+        """The answer and the cost of an attempt; a line without an answer is a cost alone."""
+        if line["answer"] is None and not any(line["usage"]):
+            return
         if self.cache is None:
             self._take(line)
             return
@@ -251,16 +232,17 @@ class ChatEndpoint:
         for line in filter(None, whole.split(b"\n")):
             try:
                 self._take(json.loads(line))
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            except UNREADABLE:
                 log.warning("%s: an unreadable line is passed over: %r", self.cache, line[:60])
 
     def _take(self, record: dict) -> None:
-        if not _are_counts(record["usage"]):
-            raise ValueError("no counts of tokens")
+        cost = self._cost(record["usage"])
+        if not cost >= 0:
+            raise ValueError(f"no cost: {cost}")
         if record["answer"] is not None:
             self._answers[record["key"]] = record["answer"]
         if record["model"] == self.model:
-            self.spent += self._cost(record["usage"])
+            self.spent += cost
 
     def _cost(self, tokens: Sequence[int]) -> float:
         a, b = self.price or (1e6, 1e6)
@@ -271,8 +253,7 @@ class ChatEndpoint:
         if not (key.isascii() and key.isprintable()):  # the HTTP library would quote it in its error
             raise ConfigError("the environment variable OPENAI_API_KEY holds no key: it has odd characters")
         if key and self.url.startswith("http:") and not self._local:
-            raise ConfigError(f"{self.url} is not encrypted, and OPENAI_API_KEY would be sent to it; use https, "
-                              "or unset the variable")
+            raise ConfigError(f"{self.url} is not encrypted; use https, or unset OPENAI_API_KEY, which it would get")
         return key
 
 
@@ -281,9 +262,11 @@ def _masked(text: str, secret: str) -> str:
     return text.replace(secret, "***") if len(secret) >= 16 else text
 
 
-def _are_counts(numbers) -> bool:
-    """Whether these are two numbers of tokens; what else a server sends costs the worst."""
-    return isinstance(numbers, list) and len(numbers) == 2 and all(type(n) is int and n >= 0 for n in numbers)
+def _counts(usage) -> list[int] | None:
+    """(Input, output) tokens that a server reports; None for what are no counts, which costs the worst."""
+    usage = usage if isinstance(usage, dict) else {}
+    found = [usage.get("prompt_tokens"), usage.get("completion_tokens")]
+    return found if all(type(n) is int and n >= 0 for n in found) else None
 
 
 def from_environment(cache: str | Path | None = None) -> ChatEndpoint:
@@ -296,6 +279,7 @@ def from_environment(cache: str | Path | None = None) -> ChatEndpoint:
                           "endpoint, the model and the most tokens it may cost, or use explainer: keywords")
     url, model, budget = (os.environ[name] for name in names)
     try:
-        return ChatEndpoint(url, model, budget=float(budget), cache=cache)
+        tokens = float(budget)
     except ValueError:
         raise ConfigError(f"SARMLIB_LLM_BUDGET={budget[:40]!r}: give a number of tokens") from None
+    return ChatEndpoint(url, model, budget=tokens, cache=cache)

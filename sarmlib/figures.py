@@ -12,7 +12,6 @@ import textwrap
 from pathlib import Path
 
 import matplotlib as mpl
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
@@ -27,6 +26,7 @@ PALETTE = sns.color_palette("colorblind").as_hex()
 BLUE, ORANGE, RED, SKY = PALETTE[0], PALETTE[1], PALETTE[3], PALETTE[9]
 GREY, DARK, GRID = "#808080", "#333333", "#DDDDDD"
 MARKERS, MARKER_TEXT, STYLES = "osD^vPX*", "●■◆▲▼✚✖★", ("-", "--", "-.", ":")
+THIN = {"color": GREY, "lw": 0.8, "zorder": 0}
 PAPER = {"marker": "D", "s": 28, "facecolors": "none", "edgecolors": DARK, "linewidths": 1, "zorder": 5}
 STYLE = {
     **sns.axes_style("ticks"), **sns.plotting_context("paper"), "figure.dpi": 110,
@@ -38,49 +38,40 @@ STYLE = {
     "lines.linewidth": 1.3, "lines.markersize": 4, "hatch.linewidth": 0.5, "pdf.fonttype": 42}
 
 
+_figure = mpl.rc_context(STYLE)  # as a decorator: the house style while a figure is drawn or written
+_short = functools.partial(textwrap.shorten, placeholder="…")
+
+
 class Drawing(Figure):
-    """A figure with its alternative text; a notebook shows it as a PNG."""
+    """A figure outside pyplot, with its alternative text; a notebook shows it as a PNG."""
 
     alt = ""
 
     def _repr_mimebundle_(self, include=None, exclude=None):
-        return {"image/png": _png(self, 110)}, {"image/png": {"alt": self.alt}}
+        return {"image/png": self.image("png", dpi=110)}, {"image/png": {"alt": self.alt}}
 
-
-def _figure(function):
-    """Draw in the house style, and take the figure out of pyplot, so that a notebook shows it once."""
-    @functools.wraps(function)
-    def draw(*args, **kwargs) -> Drawing:
-        with mpl.rc_context(STYLE):
-            fig = function(*args, **kwargs)
-        plt.close(fig)
-        return fig
-    return draw
-
-
-def _png(fig: Drawing, dpi: int) -> bytes:
-    buffer = io.BytesIO()
-    with mpl.rc_context(STYLE):
-        fig.savefig(buffer, format="png", dpi=dpi, metadata={"Software": None}, pil_kwargs={"optimize": True})
-    return buffer.getvalue()
+    @_figure
+    def image(self, kind: str, **options) -> bytes:
+        """The file as "png" or "pdf"; the same figure gives the same bytes."""
+        buffer, unstable = io.BytesIO(), {"png": ["Software"], "pdf": ["CreationDate", "Producer"]}
+        self.savefig(buffer, format=kind, metadata=dict.fromkeys(unstable[kind]), **options)
+        return buffer.getvalue()
 
 
 def save(fig: Drawing, data: pd.DataFrame, name: str, folder, note: str = "") -> Drawing:
     """Write ``name``.png, .pdf, .csv (the numbers) and .txt (alternative text), and return the figure.
 
-    ``note``, for example the profile, stands in small grey letters.  The same figure gives the same bytes."""
-    folder, pdf = Path(folder), io.BytesIO()
+    ``note``, for example the profile, stands in small grey letters."""
+    folder, strip = Path(folder), 0.12 / fig.get_figheight()
     folder.mkdir(parents=True, exist_ok=True)
     if note and not any(text.get_gid() == "note" for text in fig.texts):
-        strip = 0.12 / fig.get_figheight()
         fig.set_layout_engine("constrained", rect=(0, strip, 1, 1 - strip))
         text = fig.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=6.5, color=GREY, gid="note")
         text.set_in_layout(False)
-    with mpl.rc_context(STYLE):
-        fig.savefig(pdf, format="pdf", metadata={"CreationDate": None, "Producer": None, "Title": name})
-    numbers = data.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    for suffix, content in {"png": _png(fig, 200), "pdf": pdf.getvalue(), "csv": numbers,
-                            "txt": f"{fig.alt} {note}".strip() + "\n"}.items():
+    files = {"png": fig.image("png", dpi=200, pil_kwargs={"optimize": True}), "pdf": fig.image("pdf"),
+             "csv": data.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
+             "txt": f"{fig.alt} {note}".strip() + "\n"}
+    for suffix, content in files.items():
         write_atomic(folder / f"{name}.{suffix}", content)
     return fig
 
@@ -92,31 +83,25 @@ def _need(data, *columns) -> pd.DataFrame:
     return data
 
 
-def _axes(width, height, rows=1, cols=1, **kwargs):
-    size = (width, height)
-    return plt.subplots(rows, cols, FigureClass=Drawing, figsize=size, layout="constrained", **kwargs)
+def _axes(width, height, cols=1, **kwargs):
+    fig = Drawing(figsize=(width, height), layout="constrained")
+    return fig, fig.subplots(1, cols, **kwargs)
 
 
-def _done(fig, title: str, alt: str, names=(), values=(), form="") -> Drawing:
-    """Bold title over the whole figure; the alternative text is title, ``alt`` and the named values."""
+def _done(fig, title: str, alt: str, names=(), values=(), form="", legend=0) -> Drawing:
+    """Bold title over the whole figure; a legend of ``legend`` columns below it, points with intervals first.
+
+    The alternative text is title, ``alt`` and the named values."""
     lines = textwrap.fill(title, int(fig.get_figwidth() * 13.5))
     fig.suptitle(lines, x=0.01, ha="left", fontsize=9, weight="bold")
     listed = "; ".join(f"{name} {value:{form}}" for name, value in zip(names, values, strict=True))
     fig.alt = f"{title}. {alt}{listed and ': '}{listed}."
+    if legend:
+        handles = sorted(fig.axes[0].get_legend_handles_labels()[0],
+                         key=lambda handle: not isinstance(handle, mpl.container.Container))
+        fig.legend(handles=handles, loc="outside lower center", ncols=min(legend, len(handles)),
+                   handletextpad=0.4, columnspacing=1.2, borderpad=0, borderaxespad=0.2)
     return fig
-
-
-def _legend(fig, cols=3, handles=()):
-    """Below the figure, points with intervals first."""
-    handles = handles or sorted(fig.axes[0].get_legend_handles_labels()[0],
-                                key=lambda handle: not isinstance(handle, mpl.container.Container))
-    return fig.legend(handles=handles, loc="outside lower center", ncols=min(cols, len(handles)),
-                      handletextpad=0.4, columnspacing=1.2, borderpad=0, borderaxespad=0.2)
-
-
-def _percent(data: pd.DataFrame) -> pd.DataFrame:
-    """Intervals of proportions end at 0 and 100 %."""
-    return data.assign(**{name: data[name].clip(0, 100) for name in ("lo", "hi") if name in data})
 
 
 def _errors(ax, data, value, position, i=0, *, vertical=False, **kwargs):
@@ -153,23 +138,13 @@ def _names_at(ax, x, y, texts, **kwargs) -> None:
         ax.annotate(text, (a, b), textcoords="offset points", fontsize=SMALL, **place)
 
 
-def _cross(ax, x: float | None = 0, y: float | None = 0, **kwargs) -> None:
-    """Thin grey lines through ``x`` and ``y``."""
-    for draw, place in ((ax.axvline, x), (ax.axhline, y)):
-        if place is not None:
-            draw(place, **{"color": GREY, "lw": 0.8, "zorder": 0} | kwargs)
-
-
 def _end_labels(ax, ends, names) -> None:
-    """The name of each series at the right edge, beside its line's end (in data); pushed apart."""
+    """The name of each series at the right edge, at its line's end (in data) or below the one above it."""
     ax.get_ylim()  # settles pending autoscaling
     heights = (ax.transData - ax.transAxes).transform([(1, end) for end in ends])[:, 1]
-    order, places = np.argsort(heights, kind="stable"), np.sort(heights)
-    for _ in range(100):
-        for i in range(1, len(places)):
-            short = max(0.09 - (places[i] - places[i - 1]), 0)
-            places[i - 1 : i + 1] += [-short / 2, short / 2]
-    for place, i in zip(places, order, strict=True):
+    place = np.inf
+    for i in np.argsort(-heights, kind="stable"):
+        place = min(heights[i], place - 0.09)
         ax.text(1.02, place, f"{MARKER_TEXT[i % 8]} {names[i]}", color=PALETTE[i % 10], va="center",
                 transform=ax.transAxes, fontsize=SMALL)
 
@@ -180,10 +155,6 @@ def _rows(ax, names, size=9) -> None:
     ax.set_ylim(len(names) - 0.4, -0.6)
     ax.grid(axis="y", lw=0.4, color=GRID)
     ax.tick_params(axis="y", length=0, labelsize=size)
-
-
-def _short(text, size: int) -> str:
-    return textwrap.shorten(str(text), size, placeholder="…")
 
 
 @_figure
@@ -202,9 +173,8 @@ def architecture() -> Drawing:
                                                 fc=face, ec=edge, ls=style, lw=1.2))
         ax.text(x + width / 2, y + height / 2, words, ha="center", va="center", fontsize=SMALL)
     ax.plot([1.38, 2.57], [[1.26, 1.68], [1.68, 1.26]], color=GREY, lw=0.9, alpha=0.6)
-    for x, cells in ((0.86, "gggggb"), (2.8, "bbbbbb"), (4.6, "wbwwbw")):
-        for i, colour in enumerate({"g": GRID, "b": BLUE, "w": "white"}[cell] for cell in cells):
-            ax.add_patch(mpl.patches.Rectangle((x, 0.5 + 0.103 * i), 0.17, 0.103, fc=colour, ec=DARK, lw=0.7))
+    for x, cells in ((0.86, [*[GRID] * 5, BLUE]), (2.8, [BLUE] * 6), (4.6, ["w", BLUE, "w", "w", BLUE, "w"])):
+        ax.bar(x, 0.103, 0.17, 0.5 + 0.103 * np.arange(6), align="edge", color=cells, ec=DARK, lw=0.7)
     arrow = {"arrowstyle": "-|>", "color": DARK, "lw": 1, "shrinkA": 0, "shrinkB": 0}
     for start, end in ((0.6, 0.84), (1.05, 1.33), (2.62, 2.78), (2.99, 3.26), (4.38, 4.58), (4.79, 5.12),
                        (6.04, 6.26)):
@@ -223,25 +193,23 @@ def sae_training(log: pd.DataFrame) -> Drawing:
     """Error, unexplained variance and dead features over optimiser steps, one line per ``run``."""
     log = _need(log, "run", "step", "loss", "fvu", "dead_fraction").assign(dead=100 * log["dead_fraction"])
     panels = {"loss": "normalised error", "fvu": "unexplained variance", "dead": "dead features (%)"}
-    fig, axes = _axes(PAGE, 2.2, 1, 3)
+    fig, axes = _axes(PAGE, 2.2, 3)
     for ax, (column, text) in zip(axes, panels.items(), strict=True):
         for i, (run, part) in enumerate(log.groupby("run", sort=False)):
             ax.plot(part["step"], part[column], STYLES[i % 4], color=PALETTE[i % 10], label=str(run))
         ax.set(xlabel="optimiser steps", title=text, ylim=(0, None))
         ax.xaxis.set_major_formatter(mpl.ticker.EngFormatter(sep=""))
-    _legend(fig)
     last = log.groupby("run", sort=False)["fvu"].last()
     return _done(fig, "The autoencoders learn to reconstruct the states they read",
-                 "Variance unexplained at the end", last.index, last, ".3f")
+                 "Variance unexplained at the end", last.index, last, ".3f", legend=3)
 
 
 @_figure
 def reward_training(data: pd.DataFrame) -> Drawing:
     """Held-out accuracy over pairs seen (``step``): mean over seeds with a 95 % t interval per variant."""
-    stats = _need(data, "variant", "step", "accuracy").groupby(["variant", "step"], sort=False)["accuracy"]
-    stats = (100 * stats.agg(["mean", "sem"])).assign(n=stats.size()).reset_index()
-    half = stats["sem"] * student_t.ppf(0.975, np.maximum(stats["n"] - 1, 1))
-    stats = stats.assign(value=stats["mean"], lo=stats["mean"] - half, hi=stats["mean"] + half)
+    groups = _need(data, "variant", "step", "accuracy").groupby(["variant", "step"], sort=False)["accuracy"]
+    mean, half = 100 * groups.mean(), 100 * groups.sem() * student_t.ppf(0.975, (groups.size() - 1).clip(1))
+    stats = pd.DataFrame({"value": mean, "lo": mean - half, "hi": mean + half}).reset_index()
     return _curves(stats, "step", "Accuracy on held-out pairs during reward training",
                    "training pairs seen (95 % intervals over seeds)", "accuracy (%)")
 
@@ -256,17 +224,17 @@ def learning_curve(data: pd.DataFrame) -> Drawing:
 
 def _curves(data, x: str, title: str, xlabel: str, ylabel: str) -> Drawing:
     """One line per variant over ``x`` on a log scale, side by side so that intervals can be read."""
-    data, sizes, names = _percent(data), sorted(data[x].unique()), list(pd.unique(data["variant"]))
+    data = data.assign(lo=data["lo"].clip(lower=0), hi=data["hi"].clip(upper=100)).sort_values(x, kind="stable")
+    sizes, names = data[x].unique(), list(data["variant"].unique())
+    ends = data.groupby("variant")["value"].last()[names]
     fig, ax = _axes(PAGE, 2.6)
-    ends = []
     for i, name in enumerate(names):
-        part = data[data["variant"] == name].sort_values(x)
+        part = data[data["variant"] == name]
         place = part[x] * (sizes[-1] / sizes[0]) ** (0.012 * (i - (len(names) - 1) / 2))
         _errors(ax, part, "value", place, i, vertical=True, ms=4, elinewidth=0.8, ls=STYLES[i % 4])
-        ends.append(part["value"].iloc[-1])
     ax.set_xscale("log")
     ax.set_xticks(sizes, [f"{n:,.0f}" for n in sizes])
-    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel=ylabel)
     _end_labels(ax, ends, names)
     return _done(fig, title, f"After {sizes[-1]:g} pairs, in percent", names, ends, ".1f")
@@ -276,16 +244,18 @@ def _curves(data, x: str, title: str, xlabel: str, ylabel: str) -> Drawing:
 def feature_weights(features: pd.DataFrame) -> Drawing:
     """Head weight against correlation with preference; the area is the sd of w_i z_i."""
     data = _need(features, "feature", "w", "preference_corr", "contribution_sd", "label")
-    data = data[(data["contribution_sd"] > 0) & data["preference_corr"].notna()]
-    data = _need(data, "w").sort_values("contribution_sd", ascending=False)
+    data = _need(data[(data["contribution_sd"] > 0) & data["preference_corr"].notna()])
+    data = data.sort_values("contribution_sd", ascending=False)
     fig, ax = _axes(PAGE, 2.9)
     agree = np.sign(data["w"]) == np.sign(data["preference_corr"])
     area = 5 + 90 * data["contribution_sd"] / data["contribution_sd"].max()
-    for mask, marker, face, colour, word in ((agree, "o", BLUE, BLUE, "same sign"),
-                                             (~agree, "s", "none", RED, "opposite sign")):
-        ax.scatter("preference_corr", "w", data=data[mask], s=area[mask], marker=marker, facecolors=face,
-                   edgecolors=colour, alpha=0.65, linewidths=0.8, label=f"{word} ({mask.sum()} features)")
-    _cross(ax, lw=0.7)
+    for mask, marker, face, edge, word in ((agree, "o", BLUE, BLUE, "same sign"),
+                                           (~agree, "s", "none", RED, "opposite sign")):
+        look = {"marker": marker, "facecolors": face, "edgecolors": edge, "alpha": 0.65, "linewidths": 0.8}
+        ax.scatter(data["preference_corr"][mask], data["w"][mask], s=area[mask], **look)
+        ax.scatter([], [], s=18, label=f"{word} ({mask.sum()} features)", **look)
+    ax.axvline(0, **THIN)
+    ax.axhline(0, **THIN)
     known = data.dropna(subset=["label"]).head(5)
     names = list("ABCDE"[:len(known)])
     _names_at(ax, known["preference_corr"], known["w"], names, xytext=(9, -7), ha="center", weight="bold")
@@ -293,10 +263,9 @@ def feature_weights(features: pd.DataFrame) -> Drawing:
     ax.text(1.02, 0.98, "\n".join(words), transform=ax.transAxes, va="top", fontsize=SMALL, linespacing=1.5)
     ax.margins(0.08)
     ax.set(xlabel="correlation with being chosen, within prompts", ylabel="head weight $w_i$")
-    for handle in _legend(fig).legend_handles:
-        handle.set_sizes([18])
     return _done(fig, "Head weights against what people prefer",
-                 f"{agree.sum()} of {len(data)} features have a weight of the same sign as their correlation")
+                 f"{agree.sum()} of {len(data)} features have a weight of the same sign as their correlation",
+                 legend=3)
 
 
 @_figure
@@ -316,12 +285,11 @@ def label_auroc(judged: pd.DataFrame) -> Drawing:
     ax.plot(shown["null_95"], place, "|", ms=7, color=DARK, label="shuffled activity, 95th percentile")
     names = shown["label"].astype(str).str.removeprefix("more often: ").map(lambda text: _short(text, 44))
     _rows(ax, names + " (" + shown["feature"].astype(str) + ")", SMALL)
-    _cross(ax, 0.5, None, ls=":", label="chance")
+    ax.axvline(0.5, ls=":", label="chance", **THIN)
     ax.set(xlabel="held-out AUROC", xlim=(min(0.45, shown["lo"].min() - 0.02), 1.02))
-    _legend(fig)
     return _done(fig, "How well labels predict where features fire, on prompts not seen before",
                  f"{data['reliable'].sum()} of {len(data)} labels are reliable; {silent} abstained; "
-                 f"{len(data) - silent - len(scored)} could not be scored")
+                 f"{len(data) - silent - len(scored)} could not be scored", legend=3)
 
 
 @_figure
@@ -342,13 +310,12 @@ def probe_report(data: pd.DataFrame) -> Drawing:
 def _dots(data, row: str, series: str, xlabel: str, title: str) -> Drawing:
     """AUROC: one row per ``row``, one marker per ``series``, chance at 0.5."""
     fig, ax = _axes(PAGE, 1.1 + 0.2 * data[row].nunique())
-    _cross(ax, 0.5, None, ls=":", label="chance")
+    ax.axvline(0.5, ls=":", label="chance", **THIN)
     names = _dodged(ax, data, row, series, "auroc", capsize=0, ms=4)
     _rows(ax, [str(name).replace(":", ": ") for name in names])
     ax.set(xlabel=xlabel, xlim=(min(0.45, ax.get_xlim()[0]), 1.02))
-    _legend(fig)
     means = data.groupby(series, sort=False)["auroc"].mean()
-    return _done(fig, title, "Mean AUROC", means.index, means, ".2f")
+    return _done(fig, title, "Mean AUROC", means.index, means, ".2f", legend=3)
 
 
 @_figure
@@ -359,7 +326,7 @@ def figure3(table: pd.DataFrame, title="Rewards before and after steering") -> D
     table = _need(table, "reward", "reward_steered", "active", "is_target")
     both = np.r_[table["reward"], table["reward_steered"]]
     edges = np.linspace(both.min(), both.max() + 1e-9, 41)
-    fig, axes = _axes(PAGE, 2.6, 1, 2, sharex=True, sharey=True)
+    fig, axes = _axes(PAGE, 2.6, 2, sharex=True, sharey=True)
     words, target = [], table["is_target"].to_numpy(bool)
     for ax, mask, name in zip(axes, (target, ~target), ("(a) target set T", "(b) complement C"), strict=True):
         part = table[mask]
@@ -372,8 +339,7 @@ def figure3(table: pd.DataFrame, title="Rewards before and after steering") -> D
     top = max(ax.dataLim.y1 for ax in axes)
     axes[0].set(ylabel="responses (%)", ylim=(-0.17 * top, 1.05 * top))
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if 0 <= tick <= 1.05 * top])
-    _legend(fig, 4)
-    return _done(fig, title, f"T: {words[0]}; C: {words[1]}")
+    return _done(fig, title, f"T: {words[0]}; C: {words[1]}", legend=4)
 
 
 def _before_after(ax, before, after, edges) -> None:
@@ -381,9 +347,10 @@ def _before_after(ax, before, after, edges) -> None:
     percent = np.full(len(before), 100 / len(before))
     ax.hist(before, edges, weights=percent, color=BLUE, alpha=0.45, label="before")
     ax.stairs(np.histogram(after, edges, weights=percent)[0], edges, color=ORANGE, lw=1.4, label="after")
-    moved, rug = before != after, mpl.transforms.blended_transform_factory(ax.transData, ax.transAxes)
+    moved = before != after
     for values, place, colour, word in ((before, 0.1, BLUE, "before"), (after, 0.035, ORANGE, "after")):
-        ax.vlines(values[moved], place - 0.028, place + 0.028, color=colour, lw=0.7, alpha=0.7, transform=rug)
+        ax.vlines(values[moved], place - 0.028, place + 0.028, color=colour, lw=0.7, alpha=0.7,
+                  transform=ax.get_xaxis_transform())
         ax.plot([], [], "|", color=colour, ms=7, label=f"one that moved, {word}")
     ax.axhline(0, color=DARK, lw=0.7, zorder=3)
 
@@ -395,8 +362,8 @@ def shift_by_set(summary: pd.DataFrame) -> Drawing:
     data = data.rename(columns={"shift_lo": "lo", "shift_hi": "hi"})
     data = data[data["set"] != "C"] if len(data) > 2 else data
     place, share = np.arange(len(data)), 100 * data["share_active"]
-    fig, axes = _axes(PAGE, 0.9 + 0.27 * len(data), 1, 2, sharey=True)
-    _cross(axes[0], 0, None)
+    fig, axes = _axes(PAGE, 0.9 + 0.27 * len(data), 2, sharey=True)
+    axes[0].axvline(0, **THIN)
     _errors(axes[0], data, "shift", place)
     axes[1].barh(place, share, height=0.5, color=ORANGE)
     _names_at(axes[1], share, place, share.map("{:.1f}".format))
@@ -411,21 +378,21 @@ def shift_by_set(summary: pd.DataFrame) -> Drawing:
 def dose_response(data: pd.DataFrame, used: float) -> Drawing:
     """Mean shift of T and C, and accuracy per subset, over the factor; ``used`` is marked."""
     data = _need(data, "dose", "quantity", "value", "lo", "hi")
-    fig, axes = _axes(PAGE, 2.7, 1, 2)
-    kind = data["quantity"].str.startswith("accuracy ")
-    small = data.loc[~kind & data["dose"].between(0, 2), "value"].abs().max() or 1
+    accuracy = data["quantity"].str.startswith("accuracy ")
+    small = data.loc[~accuracy & data["dose"].between(0, 2), "value"].abs().max() or 1
+    fig, axes = _axes(PAGE, 2.7, 2)
     axes[0].set_yscale("symlog", linthresh=small)
-    for ax, part, ylabel, scale in ((axes[0], data[~kind], "mean reward shift", 1),
-                                    (axes[1], data[kind], "accuracy (%)", 100)):
-        lines = dict(list(part.groupby("quantity", sort=False)))
-        for i, line in enumerate(lines.values()):
-            dose, value, lo, hi = (line["dose"], *(scale * line[name] for name in ("value", "lo", "hi")))
+    for ax, part, ylabel, scale in ((axes[0], data[~accuracy], "mean reward shift", 1),
+                                    (axes[1], data[accuracy], "accuracy (%)", 100)):
+        ends = {}
+        for i, (name, line) in enumerate(part.groupby("quantity", sort=False)):
+            dose, value, lo, hi = (line["dose"], *(scale * line[column] for column in ("value", "lo", "hi")))
             ax.plot(dose, value, STYLES[i % 4], marker=MARKERS[i % 8], color=PALETTE[i % 10], ms=3)
             ax.fill_between(dose, lo, hi, color=PALETTE[i % 10], alpha=0.12, lw=0)
+            ends[name.split(" ", 1)[1]] = value.iloc[-1]
         _dose_axis(ax, part["dose"], used)
         ax.set_ylabel(ylabel)
-        _end_labels(ax, [scale * line["value"].iloc[-1] for line in lines.values()],
-                    [name.split(" ", 1)[1] for name in lines])
+        _end_labels(ax, ends.values(), list(ends))
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick == 0 or abs(tick) >= small])
     axes[0].yaxis.set_major_formatter("{x:g}")
     end = data[data["dose"] == used]
@@ -437,10 +404,10 @@ def _dose_axis(ax, doses, used: float) -> None:
     ax.set_xscale("symlog", linthresh=1)
     ax.set_xticks([dose for dose in (-8, -2, 0, 2, 8, 40, 160) if doses.min() <= dose <= doses.max()])
     ax.xaxis.set_major_formatter("{x:g}")
-    ax.xaxis.set_minor_locator(mpl.ticker.NullLocator())
+    ax.minorticks_off()
     for dose, word, style, side in ((1, "unchanged", ":", "right"), (used, f"used: {used:g}", "--", "left")):
-        _cross(ax, dose, None, ls=style)
-        ax.text(dose, 1.01, word, transform=ax.get_xaxis_transform(), va="bottom", ha=side, fontsize=SMALL)
+        ax.axvline(dose, ls=style, **THIN)
+        ax.text(dose, 1.01, word, transform=ax.get_xaxis_transform(), ha=side, fontsize=SMALL)
     ax.set_xlabel("factor on the weight (bands: 95 %)")
 
 
@@ -456,19 +423,19 @@ def selectivity(controls: pd.DataFrame) -> Drawing:
             (others, f"other features ({len(others)})", "o", 3.7, SKY, DARK),
             (chosen, "chosen feature", "*", 10.5, RED, DARK)):
         ax.plot("c_shift", "t_shift", marker, data=part, label=word, ms=size, mfc=face, mec=edge, mew=0.8)
-    _cross(ax, lw=0.7, zorder=1)
-    ax.axline((0, 0), slope=1, color=GREY, lw=0.8, ls="--", zorder=1, label="T and C move alike")
+    ax.axvline(0, **THIN)
+    ax.axhline(0, **THIN)
+    ax.axline((0, 0), slope=1, ls="--", label="T and C move alike", **THIN)
     ax.margins(0.08)
     ax.set(xlabel="mean shift of C", ylabel="mean shift of T")
-    _legend(fig, 1)
     return _done(fig, "The chosen feature among all others, at the same edit size",
-                 "It moves", "TC", chosen[["t_shift", "c_shift"]].iloc[0], "+.2f")
+                 "It moves", "TC", chosen[["t_shift", "c_shift"]].iloc[0], "+.2f", legend=1)
 
 
 @_figure
 def table1(data: pd.DataFrame) -> Drawing:
     """Score per ``subset`` and ``model`` with interval (percent), and the paper's value of the subset."""
-    data = _percent(_need(data, "model", "subset", "value", "paper"))
+    data = _need(data, "model", "subset", "value", "paper")
     fig, ax = _axes(PAGE, 2.5)
     subsets = _dodged(ax, data, "subset", "model", "value", vertical=True)
     printed = data.drop_duplicates("subset")["paper"]
@@ -476,21 +443,20 @@ def table1(data: pd.DataFrame) -> Drawing:
     ax.set_xticks(range(len(subsets)), ["Overall" if name == "overall" else name for name in subsets])
     ax.grid(axis="y", lw=0.4, color=GRID)
     ax.set(ylabel="score (%)", xlim=(-0.5, len(subsets) - 0.5))
-    _legend(fig, 4)
     first = data[data["model"] == data["model"].iloc[0]]
     return _done(fig, "RewardBench 2 by subset", f"{first['model'].iloc[0]}, in percent", first["subset"],
-                 first["value"], ".1f")
+                 first["value"], ".1f", legend=4)
 
 
 @_figure
 def table2(data: pd.DataFrame) -> Drawing:
     """One row per variant: mean, interval, one tick per seed; the paper's numbers on their own axis."""
-    data = _percent(_need(data, "variant", "value", "lo", "hi", "points", "paper"))
-    data["row"] = place = np.arange(len(data))
-    fig, axes = _axes(PAGE, 1.15 + 0.3 * len(data), 1, 2, sharey=True, width_ratios=[1.8, 1])
-    _errors(axes[0], data, "value", place, label="mean and 95 % interval")
+    data = _need(data, "variant", "value", "lo", "hi", "points", "paper")
+    data = data.assign(row=np.arange(len(data)))
+    fig, axes = _axes(PAGE, 1.15 + 0.3 * len(data), 2, sharey=True, width_ratios=[1.8, 1])
+    _errors(axes[0], data, "value", data["row"], label="mean and 95 % interval")
     axes[0].plot("points", "row", "|", data=data.explode("points"), ms=7, color=DARK, label="one seed")
-    axes[1].scatter(data["paper"], place, **PAPER)
+    axes[1].scatter("paper", "row", data=data, **PAPER)
     axes[1].margins(x=0.25)
     for ax, column, title in zip(axes, ("value", "paper"), ("this run", "◇ the paper, 4B"), strict=True):
         known = data.dropna(subset=[column])
@@ -498,9 +464,8 @@ def table2(data: pd.DataFrame) -> Drawing:
         _names_at(ax, known[column], known["row"], words, xytext=(0, 5), ha="center", va="baseline")
         _rows(ax, data["variant"])
         ax.set(xlabel="score (%)", title=title, ylim=(len(data) - 0.5, -0.75))
-    _legend(fig)
     return _done(fig, "The same reward model with other encoders", "This run, in percent", data["variant"],
-                 data["value"], ".1f")
+                 data["value"], ".1f", legend=3)
 
 
 @_figure
@@ -508,49 +473,46 @@ def differences(data: pd.DataFrame, title="SARM against each of the others") -> 
     """Paired differences with interval (points of percent), one row per ``variant``; zero is marked."""
     data = _need(data, "variant", "value", "lo", "hi")
     fig, ax = _axes(PAGE, 1.2 + 0.26 * len(data))
-    _cross(ax, 0, None, ls=":")
+    ax.axvline(0, ls=":", **THIN)
     decided = (data["lo"] > 0) | (data["hi"] < 0)
     _told_apart(ax, data, "value", decided, ("interval without 0", "interval with 0: undecided"))
     _rows(ax, data["variant"])
     ax.set_xlabel("SARM minus the other (percentage points)")
-    _legend(fig)
-    return _done(fig, title, "SARM minus the other", data["variant"], data["value"], "+.1f")
+    return _done(fig, title, "SARM minus the other", data["variant"], data["value"], "+.1f", legend=3)
 
 
 @_figure
 def claims(verdicts: pd.DataFrame) -> Drawing:
     """Each claim with a value on a scale of its own; right of the dashed line is for the claim."""
     data = _need(verdicts.dropna(subset=["value"]), "id", "title", "low", "threshold", "direction", "verdict")
+    marks, place = _on_one_scale(data), np.arange(len(data))
     fig, ax = _axes(PAGE, 1.0 + 0.25 * len(data))
-    looks = {"holds": ("o", BLUE, BLUE), "does not hold here": ("X", RED, RED),
-             "undecided": ("o", "white", BLUE)}
+    for word, marker, face, edge in (("holds", "o", BLUE, BLUE), ("does not hold here", "X", RED, RED),
+                                     ("undecided", "o", "white", BLUE)):
+        mask = data["verdict"] == word
+        ax.plot(marks["value"][mask], place[mask], marker, mfc=face, mec=edge, ms=5.5, zorder=3, label=word)
+    ax.hlines(place, marks["low"], marks["high"], color=DARK, lw=1.2, label="95 % interval")
+    ax.vlines(marks["threshold"], place - 0.38, place + 0.38, ls="--", color=DARK, lw=1,
+              label="threshold of the claim")
+    ax.hlines(place, marks["band_lo"], marks["band_hi"], color=SKY, alpha=0.45, lw=10, zorder=1,
+              label="band of earlier runs")
     for y, row in enumerate(data.itertuples()):
-        _claim_row(ax, y, row, *looks[row.verdict])
-    for word, (marker, face, edge) in looks.items():
-        ax.plot([], [], marker, mfc=face, mec=edge, label=word)
-    ax.plot([], [], color=DARK, lw=1.2, label="95 % interval")
-    ax.plot([], [], "--", color=DARK, lw=1, label="threshold of the claim")
-    ax.fill_between([], [], color=SKY, alpha=0.45, lw=0, label="band of earlier runs")
+        interval = f" [{row.low:.2g}, {row.high:.2g}]" if row.low < row.high else ""
+        ax.text(1.08, y, f"{row.value:.2g}{interval}", va="center", fontsize=SMALL)
     _rows(ax, data["id"] + "  " + data["title"].map(lambda text: _short(text, 60)), SMALL)
     ax.set(xlim=(-0.06, 1.06), xticks=[], xlabel="claim holds to the right of the dashed line")
     ax.spines[["left", "bottom"]].set_visible(False)
-    _legend(fig, 3)
-    return _done(fig, "Every claim, measured", "Verdicts", data["id"], data["verdict"])
+    return _done(fig, "Every claim, measured", "Verdicts", data["id"], data["verdict"], legend=3)
 
 
-def _claim_row(ax, y: int, row, marker: str, face: str, edge: str) -> None:
-    """Band, threshold, interval and value of one claim, scaled to 0..1 and turned."""
-    marks = np.array([row.value, row.low, row.high, row.threshold, row.band_lo, row.band_hi], float)
-    marks = (marks - np.nanmin(marks)) / ((np.nanmax(marks) - np.nanmin(marks)) or 1.0)
-    value, low, high, line, *band = 1 - marks if row.direction == "<" else marks
-    if np.isfinite(band).any():  # a band without an end goes on to the edge
-        left, right = sorted(np.where(np.isfinite(band), band, [0, 1] if row.direction == ">" else [1, 0]))
-        ax.barh(y, max(right - left, 0.008), left=left, height=0.62, color=SKY, alpha=0.45, lw=0)
-    ax.plot([line] * 2, [y - 0.38, y + 0.38], "--", color=DARK, lw=1)
-    ax.plot([low, high], [y, y], color=DARK, lw=1.2)
-    ax.plot(value, y, marker, mfc=face, mec=edge, ms=5.5)
-    interval = f" [{row.low:.2g}, {row.high:.2g}]" if row.low < row.high else ""
-    ax.text(1.08, y, f"{row.value:.2g}{interval}", va="center", fontsize=SMALL)
+def _on_one_scale(data) -> pd.DataFrame:
+    """Value, interval, threshold and band of each claim, scaled to 0..1 and turned: right is for the claim."""
+    marks = data[["value", "low", "high", "threshold", "band_lo", "band_hi"]].astype(float)
+    least, most, below = marks.min(axis=1), marks.max(axis=1), data["direction"] == "<"
+    marks = marks.sub(least, axis=0).div((most - least).replace(0, 1), axis=0)
+    banded = marks[["band_lo", "band_hi"]].notna().any(axis=1)
+    marks.loc[banded] = marks.fillna({"band_lo": 0, "band_hi": 1})  # a band without an end goes on to the edge
+    return marks.mask(below, 1 - marks)
 
 
 @_figure
@@ -558,7 +520,7 @@ def waterfall(explanation) -> Drawing:
     """How a reward, or the margin of a pair, adds up: one bar per feature from where the last one ended.
 
     All but the first ten features are one bar, so that the bars always end at the reward."""
-    table, is_pair = explanation.table, "z_chosen" in explanation.table
+    table, what = explanation.table, "margin" if "z_chosen" in explanation.table else "reward"
     if not len(table):
         raise DataError("nothing to draw: the reward has no active feature")
     shown, more = table.head(10), explanation.n_active - min(10, len(table))
@@ -568,18 +530,19 @@ def waterfall(explanation) -> Drawing:
     if more:
         names.append(f"{more} more features")
         steps.append(float(explanation.rest + table["contribution"].iloc[10:].sum()))
-    ends, place, what = np.cumsum(steps), np.arange(len(steps)), "margin" if is_pair else "reward"
-    starts = ends - steps
+    ends, place = np.cumsum(steps), np.arange(len(steps))
+    starts, total = ends - steps, ends[-1]
     fig, ax = _axes(PAGE, 1.2 + 0.21 * (len(steps) + 1))
     ax.barh(place, steps, left=starts, height=0.68, color=[BLUE if step >= 0 else ORANGE for step in steps],
             hatch=["" if step >= 0 else "////" for step in steps], edgecolor="white", lw=0)
     ax.vlines(ends, place - 0.34, place + 1.34, color=GREY, lw=0.6)
     _names_at(ax, np.maximum(starts, ends), place, [f"{step:+.3g}" for step in steps])
-    ax.barh(len(steps), ends[-1], height=0.68, color=DARK)
-    _names_at(ax, [max(ends[-1], 0)], [len(steps)], [f"= {ends[-1]:+.4g}"], weight="bold")
+    ax.barh(len(steps), total, height=0.68, color=DARK)
+    _names_at(ax, [max(total, 0)], [len(steps)], [f"= {total:+.4g}"], weight="bold")
     ax.axvline(0, color=DARK, lw=0.7)
     _rows(ax, [*names, what])
     ax.margins(x=0.1)
-    ax.set_xlabel("$w_i\\,(z_i^{chosen} - z_i^{rejected})$, added up" if is_pair else "$w_i\\,z_i$, added up")
+    z = "z_i" if what == "reward" else "(z_i^{chosen} - z_i^{rejected})"
+    ax.set_xlabel(f"$w_i\\,{z}$, added up")
     return _done(fig, f"How the {what} adds up over {explanation.n_active} features",
-                 f"Largest parts of {ends[-1]:+.3f}", names[:3], steps[:3], "+.3f")
+                 f"Largest parts of {total:+.3f}", names[:3], steps[:3], "+.3f")

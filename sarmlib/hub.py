@@ -16,9 +16,10 @@ from sarmlib.errors import ConfigError, DataError, ModelError, OfflineError, Sar
 def reachable() -> bool:
     """Whether the hub answers within 3 seconds (its client retries for 30); no under HF_HUB_OFFLINE=1."""
     from huggingface_hub import constants
-
-    if constants.HF_HUB_OFFLINE or {"https", "all"} & getproxies().keys():
-        return not constants.HF_HUB_OFFLINE  # through a proxy only the client can tell
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if {"https", "all"} & getproxies().keys():
+        return True  # through a proxy only the client can tell
     url, answers = urlsplit(constants.ENDPOINT), []
 
     def connect():
@@ -37,10 +38,9 @@ def check_access(repo: str, revision: str | None = None, repo_type: str = "model
     Raises ConfigError for a data set without a commit, DataError for a refusal, OfflineError without a hub.
     """
     from huggingface_hub import HfApi, constants
-
+    what = f"{repo_type} {repo!r} at {revision}"
     if repo_type == "dataset" and not re.fullmatch(r"[0-9a-f]{40}", revision or ""):
-        raise ConfigError(f"data set {repo!r} needs revision=<40-digit commit> (got {revision!r}); its page "
-                          "lists the commits under 'Files and versions'")
+        raise ConfigError(f"{what}: pass revision=<40-digit commit>, listed under 'Files and versions' of its page")
     if constants.HF_HUB_OFFLINE:
         return
     try:
@@ -50,18 +50,17 @@ def check_access(repo: str, revision: str | None = None, repo_type: str = "model
     except Exception as error:  # of httpx or the hub client
         status = getattr(getattr(error, "response", None), "status_code", None)
         if status in (401, 403, 404):
-            raise DataError(f"the hub refuses {repo_type} {repo!r} at {revision}: status {status}; check the "
-                            "name and the commit, and log in if it is gated") from error
-        raise OfflineError(f"{repo_type} {repo!r} is needed and the hub cannot be reached; pass a local "
-                           "folder, or set HF_HUB_OFFLINE=1 to use the cache") from error
+            raise DataError(f"the hub refuses {what}: status {status}; check the name and the commit, and log in if it "
+                            "is gated") from error
+        raise OfflineError(f"{what} is needed and the hub cannot be reached; pass a local folder, or set "
+                           "HF_HUB_OFFLINE=1 to use the cache") from error
 
 
 def hub_folder(source: str | os.PathLike) -> str:
     """A folder in the layout of the hub's cache as its one (or main) snapshot; anything else unchanged."""
-    folder = Path(source).expanduser()
-    main = folder / "refs" / "main"
+    main = Path(source).expanduser() / "refs" / "main"
     commit = main.read_text().strip() if main.is_file() else "*"
-    found = list(folder.glob(f"snapshots/{commit}"))
+    found = list(main.parents[1].glob(f"snapshots/{commit}"))
     return str(found[0]) if len(found) == 1 else os.fspath(source)
 
 
@@ -105,7 +104,6 @@ def weights_from_hub(auto_class, path, *, kinds=("missing", "mismatched"), **kwa
 def quiet() -> Iterator[None]:
     """No progress bar, no load report: layers above l are left out on purpose, the rest raises."""
     from transformers.utils import logging
-
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import os
 import re
@@ -40,7 +41,7 @@ def run_jobs(jobs: dict[tuple, list[tuple]], made: set[tuple], work: Callable[[t
     return seconds
 
 
-class _Reporter:
+class _Reporter(io.TextIOBase):
     """Standard error of a worker: progress bars go to the parent, at most one line a second; the rest is shown."""
 
     def __init__(self, news):
@@ -54,12 +55,6 @@ class _Reporter:
             self.news.put((self.job, line))
             self.last = time.monotonic()
         return len(text)
-
-    def flush(self) -> None:
-        self.real.flush()
-
-    def __getattr__(self, name: str):
-        return getattr(self.real, name)
 
 
 def _start(news) -> None:

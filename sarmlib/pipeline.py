@@ -5,7 +5,7 @@
     benchmarks -----------------------------------+
 
 A stage is a method of :class:`Run`; a module-level function ``_make_<stage>`` makes it when it is absent.  These
-functions hold all that decides a result, imports included: an artifact's key hashes the source they reach.
+functions hold all that decides a result: an artifact's key hashes the source they reach.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,30 +26,44 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array, vstack
 from tqdm import tqdm
+from transformers import AutoConfig
 
+from sarmlib import plan
+from sarmlib.backbone import cut_config, load_backbone, load_tokenizer, n_layers
+from sarmlib.chat import encode_conversations
 from sarmlib.data import benchmarks as loaders
-from sarmlib.data.pairs import conversations as sides
-from sarmlib.data.pairs import drop_contaminated, drop_identical, load_pairs, split_by_prompt
+from sarmlib.data import pairs as preference
 from sarmlib.data.rows import iter_rows
 from sarmlib.data.text import iter_texts
 from sarmlib.data.toyworld import datasets as toy
 from sarmlib.errors import ConfigError, DataError, NotMadeError
+from sarmlib.evaluation.scorer import answers, score, score_rows
+from sarmlib.extractor import ActivationExtractor
 from sarmlib.hub import check_access, from_hub, quiet
-from sarmlib.plan import backbone_path
+from sarmlib.interpretation.contexts import Contexts
+from sarmlib.interpretation.explainers import KeywordExplainer, Label
+from sarmlib.interpretation.judges import KeywordJudge, judge_labels
+from sarmlib.interpretation.llm import LLMExplainer, LLMJudge
+from sarmlib.jobs import run_jobs
 from sarmlib.profiles import Profile, load_profile
+from sarmlib.sae.quality import evaluate_sae
+from sarmlib.sae.topk import TopKSAE
+from sarmlib.sae.training import SAETrainConfig, train_sae
+from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
 from sarmlib.store import Artifact, Store, default_root, hash_json, hash_tree, write_atomic
 
-HELD_OUT = 4096
-"""Activation vectors kept apart to evaluate an SAE on."""
+HELD_OUT = 4096  # activation vectors kept apart to evaluate an SAE on
 SAE_OF_VARIANT = {"sarm": "sentence_end", "token_sae": "every", "random_encoder": None}
 """Position rule of the SAE inside each variant that has an encoder; None: no SAE is trained for it."""
 BENCHMARKS = ("rewardbench2", "rm_bench")
-WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-"""Processes of this ``accelerate launch``, and which of them this one is."""
+WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of ``accelerate launch``
 
 
 @dataclass(frozen=True)
@@ -73,40 +89,31 @@ class Run:
         self.profile = load_profile(profile, data=data) if isinstance(profile, str) else profile
         self.store = Store(root or default_root(self.profile.name), read_only=read_only)
         self.progress = progress and RANK == 0
+        self.hub = self.profile.backbone.model_dump(include={"revision", "trust_remote_code"})
         for name in ("scored", "states", "explainer", "_fingerprint"):  # a notebook asks for them dozens of times
             setattr(self, name, functools.cache(getattr(self, name)))
 
     @cached_property
     def backbone_path(self) -> str:
         """Folder, GGUF file or hub id of the pretrained decoder."""
-        return backbone_path(self.profile)
+        return plan.backbone_path(self.profile)
 
     @cached_property
     def tokenizer(self):
         """The decoder's tokenizer."""
-        from sarmlib.backbone import load_tokenizer
         return load_tokenizer(self.backbone_path, **self.hub)
-
-    @property
-    def hub(self) -> dict[str, Any]:
-        """Revision and trust with which the decoder is loaded."""
-        return self.profile.backbone.model_dump(include={"revision", "trust_remote_code"})
 
     @cached_property
     def shape(self) -> dict[str, int]:
         """d_model, n_layers, layer (l), n_features (M) and k of this run."""
-        from transformers import AutoConfig
-
-        from sarmlib.backbone import cut_config, n_layers
         config, sae = from_hub(AutoConfig, self.backbone_path, **self.hub), self.profile.sae
-        layer = n_layers(cut_config(config, self.profile.backbone.layer))
-        return {"d_model": config.hidden_size, "n_layers": n_layers(config), "layer": layer,
-                "n_features": sae.n_features(config.hidden_size), "k": sae.k(config.hidden_size)}
+        d, layer = config.hidden_size, n_layers(cut_config(config, self.profile.backbone.layer))
+        return {"d_model": d, "n_layers": n_layers(config), "layer": layer, "n_features": sae.n_features(d),
+                "k": sae.k(d)}
 
     @cached_property
     def device(self) -> str:
         """Where models run: the profile's device, or this process's own GPU under ``accelerate launch``."""
-        import torch
         wanted = self.profile.device
         if wanted == "auto":
             wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -116,14 +123,12 @@ class Run:
     def backbone_key(self) -> str:
         """Hash of the checkpoint's files, or of id and revision when it lies on the hub."""
         path = self.backbone_path
-        known = hash_tree(path) if Path(path).exists() else [path, self.profile.backbone.revision]
-        return hash_json(known)[:16]
+        return hash_json(hash_tree(path) if Path(path).exists() else [path, self.hub["revision"]])[:16]
 
     def check_hub(self) -> None:
-        """Can everything that this profile needs be had?  Asked before the first minute is spent.
+        """Ask, before the first minute is spent, for all that lies elsewhere: the hub's files and the endpoint.
 
-        Raises ConfigError when labels want an endpoint that is not named, OfflineError without network, ModelError
-        or DataError for what the hub refuses (name, commit, gate).
+        Raises ConfigError (no endpoint is named), OfflineError, ModelError or DataError (the hub refuses).
         """
         if _is_remote(self.backbone_path):
             _ = self.shape, self.tokenizer  # small files; a gated model is refused here
@@ -149,59 +154,51 @@ class Run:
     def preferences(self, seed: int) -> Artifact:
         """Training and evaluation pairs (train.jsonl, eval.jsonl) and a report of what was read and dropped."""
         spec = self.profile.preferences
-        settings = {**spec.model_dump(), "data": self._fingerprint(spec.source, "pairs")}
-        inputs = {"benchmarks": self.benchmarks().key, "backbone": self.backbone_key}  # for its tokenizer
-        return self._get(_make_preferences, (seed,), settings, inputs)
+        settings = {**spec.model_dump(), "data": self._fingerprint(spec.source, "pairs"),
+                    "backbone": self.backbone_key}  # for its tokenizer
+        return self._get(_make_preferences, (seed,), settings, self.benchmarks())
 
     def benchmarks(self) -> Artifact:
         """The rows of both benchmarks as they are scored."""
         spec = self.profile.benchmarks
         settings = {**spec.model_dump(exclude={"max_length", "batch_tokens"}), "seed": self.profile.seed,
                     "data": [self._fingerprint(getattr(spec, name), name) for name in BENCHMARKS]}
-        return self._get(_make_benchmarks, (), settings, {})
+        return self._get(_make_benchmarks, (), settings)
 
     def activations(self, positions: str) -> Artifact:
         """Hidden states after layer l at ``positions``, float32: those to train on, then 4096 held-out ones.
 
-        When they would take more than ``corpus.budget_gb``, only held-out ones are kept: the states of the first
-        documents.  The SAE is then trained on those of all further documents as they are computed.
+        Above ``corpus.budget_gb`` only held-out ones are kept, of the first documents; the SAE is then trained on
+        those of all further documents as they are computed.
         """
         spec, corpus, layer = self.profile, self.profile.corpus, self.shape["layer"]
         kept = (spec.sae.vectors + HELD_OUT) * self.shape["d_model"] * 4 <= corpus.budget_gb * 1e9
         settings = {**corpus.model_dump(exclude={"budget_gb"}), "vectors": spec.sae.vectors, "layer": layer,
-                    "seed": spec.seed, "dtype": spec.dtype, "data": self._fingerprint(corpus.source, "corpus")}
-        inputs = {"backbone": self.backbone_key}
-        if corpus.dialogue_share:
-            inputs["preferences"] = self.preferences(spec.seed).key
-        return self._get(_make_activations, (positions, kept), settings, inputs, shared=True)
+                    "seed": spec.seed, "dtype": spec.dtype, "data": self._fingerprint(corpus.source, "corpus"),
+                    "backbone": self.backbone_key}
+        dialogues = [self.preferences(spec.seed)] if corpus.dialogue_share else []
+        return self._get(_make_activations, (positions, kept), settings, *dialogues, shared=True)
 
     def sae(self, positions: str, seed: int) -> Artifact:
         """A trained SAE (``sae/``), its log and its metrics on held-out states."""
         settings = {**self.profile.sae.model_dump(exclude={"vectors"}), **self.shape}
-        inputs = {"activations": self.activations(positions).key}
-        return self._get(_make_sae, (positions, seed), settings, inputs, shared=True)
+        return self._get(_make_sae, (positions, seed), settings, self.activations(positions), shared=True)
 
     def reward(self, variant: str, seed: int) -> Artifact:
-        """A trained reward model (``model/``), its training log and its accuracy on held-out pairs.
-
-        Raises ConfigError for a variant that the profile does not have.
-        """
-        spec = self.profile
+        """A trained reward model (``model/``), its log and held-out accuracy; ConfigError for an unknown variant."""
+        spec, positions = self.profile, SAE_OF_VARIANT.get(variant)
         if variant not in spec.variants:
             raise ConfigError(f"profile {spec.name!r} has no variant {variant!r}; its variants: "
                               f"{', '.join(spec.variants) or 'none'}")
-        inputs = {"backbone": self.backbone_key, "preferences": self.preferences(seed).key}
-        if positions := SAE_OF_VARIANT.get(variant):
-            inputs["sae"] = self.sae(positions, seed).key
         settings = {**spec.reward.model_dump(), **self.shape, "dtype": spec.dtype,
-                    "max_length": spec.preferences.max_length}
-        return self._get(_make_reward, (variant, seed), settings, inputs, shared=True)
+                    "max_length": spec.preferences.max_length, "backbone": self.backbone_key}
+        inputs = [self.preferences(seed)] + ([self.sae(positions, seed)] if positions else [])
+        return self._get(_make_reward, (variant, seed), settings, *inputs, shared=True)
 
     def scores(self, variant: str, seed: int) -> Artifact:
         """Both benchmarks scored by one model; features at the reward position where it has any."""
-        inputs = {"reward": self.reward(variant, seed).key, "benchmarks": self.benchmarks().key}
         settings = {"max_length": self.profile.benchmarks.max_length}
-        return self._get(_make_scores, (variant, seed), settings, inputs)
+        return self._get(_make_scores, (variant, seed), settings, self.reward(variant, seed), self.benchmarks())
 
     def labels(self, seed: int) -> Artifact:
         """Labels of the features that move the reward most, and how they do on held-out prompts."""
@@ -209,34 +206,29 @@ class Run:
         settings = {**spec.model_dump(), "bootstrap": self.profile.steering.bootstrap}
         if spec.explainer == "llm":
             settings["model"] = os.environ.get("SARMLIB_LLM_MODEL")
-        return self._get(_make_labels, (seed,), settings, {"scores": self.scores("sarm", seed).key})
+        return self._get(_make_labels, (seed,), settings, self.scores("sarm", seed))
 
     def pairs(self, seed: int) -> dict[str, list[dict]]:
         """``{"train": [...], "eval": [...]}`` of :meth:`preferences`."""
-        return _read_rows(self.preferences(seed), ("train", "eval"))
+        return _read_rows(self.preferences(seed), "train", "eval")
 
     def benchmark_rows(self) -> dict[str, list[dict]]:
         """``{"rewardbench2": rows, "rm_bench": rows}``."""
-        return _read_rows(self.benchmarks(), BENCHMARKS)
+        return _read_rows(self.benchmarks(), *BENCHMARKS)
 
     def vectors(self, positions: str) -> dict[str, Any]:
         """``{"train": [N, d], "held_out": [n, d]}`` of :meth:`activations`, memory-mapped; N = 0 if streamed."""
-        import torch
         made, width = self.activations(positions), self.shape["d_model"]
         sizes = {"train": made.meta["vectors"], "held_out": made.meta["held_out"]}
         states = torch.from_file(str(made.file("states.f32")), size=sum(sizes.values()) * width)
         return dict(zip(sizes, states.view(-1, width).split(list(sizes.values())), strict=True))
 
-    def load_sae(self, positions: str, seed: int):
-        """The trained :class:`TopKSAE`."""
-        from sarmlib.sae.topk import TopKSAE
+    def load_sae(self, positions: str, seed: int) -> TopKSAE:
+        """The trained SAE."""
         return TopKSAE.load(self.sae(positions, seed).file("sae"))
 
     def load_reward(self, variant: str, seed: int):
         """The trained reward model of a variant, in the profile's number format."""
-        import torch
-
-        from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
         kind = SarmForSequenceClassification if variant in SAE_OF_VARIANT else ScalarRewardModel
         folder = self.reward(variant, seed).file("model")
         return kind.from_pretrained(folder, dtype=getattr(torch, self.profile.dtype)).eval()
@@ -256,7 +248,6 @@ class Run:
 
     def states(self, variant: str, seed: int) -> np.ndarray:
         """The state after layer l, which the encoder reads, of every RM-Bench response: float32 [n, d]."""
-        from sarmlib.evaluation.scorer import score
         units, _ = self.scored(variant, seed).part("rm_bench")
         model = self.load_reward(variant, seed).to(self.device)
         return score(model, self.tokenizer, conversations(units), states=True,
@@ -267,15 +258,13 @@ class Run:
         with safe_open(self.reward(variant, seed).file("model/model.safetensors"), "pt") as weights:
             return weights.get_tensor("score.weight")[0].double().numpy()
 
-    def contexts(self, seed: int):
+    def contexts(self, seed: int) -> Contexts:
         """RM-Bench responses and SARM's features at their reward positions, split by prompt (RQ1)."""
-        from sarmlib.interpretation.contexts import Contexts
         units, z = self.scored("sarm", seed).part("rm_bench")
         return Contexts(z, units, w=self.head("sarm", seed), seed=self.profile.seed)
 
-    def explainer(self, seed: int):
+    def explainer(self, seed: int) -> KeywordExplainer:
         """The keyword explainer; its ``vocabulary`` also serves the keyword judge."""
-        from sarmlib.interpretation.explainers import KeywordExplainer
         spec = self.profile.interpretation
         return KeywordExplainer(self.contexts(seed), permutations=spec.permutations, top=spec.top_keywords, seed=seed)
 
@@ -283,17 +272,13 @@ class Run:
         """One row per labelled feature: ``Contexts.features`` and ``judge_labels`` side by side."""
         return pd.DataFrame(self.labels(seed).json("labels.json"))
 
-    def label_objects(self, seed: int) -> list:
-        """The labels themselves (:class:`Label`), with their evidence."""
-        from sarmlib.interpretation.explainers import Label
+    def label_objects(self, seed: int) -> list[Label]:
+        """The labels themselves, with their evidence."""
         rows = self.labels(seed).json("explanations.json")
         return [Label(**{**row, "evidence": tuple(row["evidence"])}) for row in rows]
 
     def plan(self, goal: str) -> dict[tuple, list[tuple]]:
-        """Jobs (method, arguments...) that make everything up to ``goal``, each with the jobs it waits for.
-
-        A profile without variants trains nothing, so its plan is empty.
-        """
+        """Jobs (method, arguments...) that make everything up to ``goal``, each with the jobs it waits for."""
         if goal not in ("sae", "scores", "labels"):
             raise ConfigError(f"goal {goal!r} is not a stage; choose sae, scores or labels")
         variants, seeds = self.profile.variants, self.profile.seeds
@@ -321,48 +306,40 @@ class Run:
         Each job is a process with one thread: on a small machine two processes are faster than two threads.
         Returns one row per stage: its jobs, how many had to be made, and their seconds together.
         """
-        from sarmlib.jobs import run_jobs
-        jobs = self.plan(goal)
+        jobs, made = self.plan(goal), set()
         stored = Run(self.profile, root=self.store.root, progress=False, read_only=True)
-        made = {job for job in jobs if stored._has(job)}
+        for job in jobs:
+            with suppress(NotMadeError):
+                _call(stored, job)
+                made.add(job)
         title = f"{self.profile.name} profile, up to {goal}" if self.progress else None
-        work = partial(_work, self.profile, self.store.root)
-        seconds = run_jobs(jobs, made, work, self.profile.workers, title)
+        seconds = run_jobs(jobs, made, partial(_work, self.profile, self.store.root), self.profile.workers, title)
         rows = [(job[0], 1, job in seconds, seconds.get(job, 0.0)) for job in jobs]
         table = pd.DataFrame(rows, columns=["stage", "jobs", "made", "seconds"])
         return table.groupby("stage", sort=False).sum().round().astype(int)
-
-    def _has(self, job: tuple) -> bool:
-        try:
-            getattr(self, job[0])(*job[1:])
-        except NotMadeError:
-            return False
-        return True
 
     def _fingerprint(self, source: str, kind: str) -> Any:
         """Hashes of the local files that a source names; None for the toy world and the hub."""
         where = None if source == "toy" or _is_remote(source) else _place(self.profile, source, kind)
         return where and hash_tree(where)
 
-    def _get(self, make, arguments: tuple, settings: dict, inputs: dict, shared: bool = False) -> Artifact:
-        """The artifact that ``make(self, *arguments, folder)`` makes.
+    def _get(self, make, arguments: tuple, settings: dict, *inputs: Artifact, shared: bool = False) -> Artifact:
+        """The artifact that ``make(self, *arguments, folder)`` makes of ``inputs``.
 
         ``shared``: all processes of an ``accelerate launch`` make it together, and after a kill they go on; the
         first one keeps the store, and calls the others when there is something to make.
         """
         stage, together = make.__name__.removeprefix("_make_"), shared and WORLD > 1
-        make = (_Lead if together and RANK == 0 else partial)(make, self, *arguments)
-        get = partial(self.store.get_or_make, stage, {**settings, "arguments": arguments}, inputs, make,
-                      resumable=shared)
         if together:
-            from accelerate import PartialState
             PartialState(cpu=self.profile.device == "cpu")
-            if RANK == 0:
-                get()
-                _broadcast(None)
-            while RANK and (folder := _broadcast(None)):
-                make(Path(folder))
-        return get()
+        make = (_Lead if together and RANK == 0 else partial)(make, self, *arguments)
+        while together and RANK and (folder := _broadcast(None)):
+            make(Path(folder))
+        keys = {one.path.parent.name: one.key for one in inputs}
+        made = self.store.get_or_make(stage, {**settings, "arguments": arguments}, keys, make, resumable=shared)
+        if together and RANK == 0:
+            _broadcast(None)
+        return made
 
 
 class _Lead(partial):
@@ -375,20 +352,20 @@ class _Lead(partial):
 
 def _broadcast(value: Any) -> Any:
     """The first process's value, in all of them."""
-    from accelerate.utils import broadcast_object_list
     return broadcast_object_list([value])[0]
 
 
-def _accelerator(run):
-    """This process's ``Accelerator`` under ``accelerate launch`` with several processes, else None."""
-    if WORLD > 1:
-        from accelerate import Accelerator
-        return Accelerator(cpu=run.profile.device == "cpu")
-    return None
+def _accelerator(run) -> Accelerator | None:
+    """For ``accelerate launch`` with several processes."""
+    return Accelerator(cpu=run.profile.device == "cpu") if WORLD > 1 else None
 
 
 def _work(profile: Profile, root: Path, job: tuple) -> None:
-    getattr(Run(profile, root=root), job[0])(*job[1:])
+    _call(Run(profile, root=root), job)
+
+
+def _call(run: Run, job: tuple) -> None:
+    getattr(run, job[0])(*job[1:])
 
 
 def pretrain_sae(spec, activations, folder: Path, *, d_model: int, seed: int = 0, device: str = "cpu",
@@ -398,18 +375,14 @@ def pretrain_sae(spec, activations, folder: Path, *, d_model: int, seed: int = 0
     ``activations``: [N, d], or a function that returns a stream of [n, d] (see ``train_sae``).  A killed training
     goes on from ``folder/checkpoint``.  Returns the metrics of ``evaluate_sae`` on ``held_out`` [n, d].
     """
-    from sarmlib.sae.quality import evaluate_sae
-    from sarmlib.sae.training import SAETrainConfig, train_sae
     names = {"lr", "betas", "batch_size", "auxk_coef", "renorm_every", "dead_after", "steps"}
     config = SAETrainConfig(**spec.model_dump(include=names), seed=seed,
                             matmul_dtype="bfloat16" if device.startswith("cuda") else "float32")
     sae, log = train_sae(activations, config, d_model=d_model, n_features=spec.n_features(d_model),
                          k=spec.k(d_model), encoder_bias=spec.encoder_bias, relu=spec.relu, device=device,
                          resume_dir=folder / "checkpoint", accelerator=accelerator, progress=progress)
-    if accelerator is not None:
-        accelerator.wait_for_everyone()
-        if RANK:
-            return {}
+    if RANK:
+        return {}
     sae.save(folder / "sae")
     write_atomic(folder / "log.json", json.dumps(log))
     shutil.rmtree(folder / "checkpoint", ignore_errors=True)
@@ -420,12 +393,8 @@ def untrained(variant: str, backbone: str, *, layer: int, n_layers: int, sae=Non
               k: int | None = None, seed: int = 0, **hub):
     """A reward model of a variant before training: the decoder ``backbone`` (a path) and a head at zero.
 
-    ``sae``: the :class:`TopKSAE` of ``sarm`` and ``token_sae``; ``random_encoder`` takes ``n_features`` and ``k``.
-    ``hub``: ``revision`` and ``trust_remote_code`` of the decoder.
+    ``sae``: of ``sarm`` and ``token_sae``; ``random_encoder`` takes ``n_features`` and ``k``; ``hub``: as ``Run.hub``.
     """
-    import torch
-
-    from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
     hub["dtype"] = torch.float32
     torch.manual_seed(seed)
     if variant == "random_encoder":
@@ -450,13 +419,9 @@ def train_reward(spec, model, tokenizer, pairs: dict[str, list[dict]], folder: P
                             folder / "checkpoints", progress=progress)
     trainer.train(resume="auto")
     metrics = trainer.evaluate() if pairs["eval"] else {}
-    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-        trainer.save_model(str(folder / "model"))  # gathers the weights; every process takes part
-    elif trainer.is_world_process_zero():
-        with quiet():
-            model.save_pretrained(folder / "model")
+    with quiet():
+        trainer.save_model(str(folder / "model"))  # every process takes part: weights in shards are gathered
     if trainer.is_world_process_zero():
-        tokenizer.save_pretrained(folder / "model")
         (folder / "model" / "training_args.bin").unlink(missing_ok=True)
         write_atomic(folder / "log.json", json.dumps(trainer.log_history))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -466,17 +431,19 @@ def train_reward(spec, model, tokenizer, pairs: dict[str, list[dict]], folder: P
 def _make_preferences(run, seed: int, folder: Path) -> dict:
     spec = run.profile.preferences
     if spec.source == "toy":
-        train = load_pairs(toy.preference_pairs(spec.train_pairs or 1000, seed, label_noise=spec.label_noise))
-        held = load_pairs(toy.preference_pairs(spec.eval_pairs, seed, label_noise=0.0, split="eval"))
+        train = toy.preference_pairs(spec.train_pairs or 1000, seed, label_noise=spec.label_noise)
+        held = toy.preference_pairs(spec.eval_pairs, seed, label_noise=0.0, split="eval")
+        train, held = preference.load_pairs(train), preference.load_pairs(held)
         report = {"label_noise": spec.label_noise}
     else:
-        found = load_pairs(_place(run.profile, spec.source, "pairs"), revision=spec.revision)
+        found = preference.load_pairs(_place(run.profile, spec.source, "pairs"), revision=spec.revision)
         asked = [row["prompt"] for rows in run.benchmark_rows().values() for row in rows]
-        found = drop_identical(drop_contaminated(found, asked), run.tokenizer, spec.max_length, spec.longest)
-        train, held = split_by_prompt(found, spec.eval_fraction, seed=run.profile.seed)
+        found = preference.drop_contaminated(found, asked)
+        found = preference.drop_identical(found, run.tokenizer, spec.max_length, spec.longest)
+        train, held = preference.split_by_prompt(found, spec.eval_fraction, seed=run.profile.seed)
         train, held = _draw(train, spec.train_pairs, seed), _draw(held, spec.eval_pairs, run.profile.seed)
         report = asdict(found.report)
-    return {**report, **_write_rows(folder, {"train": train, "eval": held})}
+    return {**report, **_write_rows(folder, train=train, eval=held)}
 
 
 def _make_benchmarks(run, folder: Path) -> dict:
@@ -484,7 +451,7 @@ def _make_benchmarks(run, folder: Path) -> dict:
     if not any(rows.values()):
         raise DataError(f"{run.profile.data} holds no benchmark; put RewardBench 2 into rewardbench2/ or RM-Bench "
                         "into rm_bench/ there")
-    return _write_rows(folder, rows)
+    return _write_rows(folder, **rows)
 
 
 def benchmark(profile: Profile, name: str) -> list[dict]:
@@ -504,27 +471,26 @@ def _texts(run, seed: int) -> Iterator[str | list[int]]:
     if spec.source == "toy":
         return toy.corpus(spec.documents or 10**9, seed=f"sae-{seed}")
     documents = iter_texts(_place(run.profile, spec.source, "corpus"), revision=spec.revision, seed=seed)
-    mixed = _with_dialogues(run, documents, seed) if spec.dialogue_share else documents
-    return itertools.islice(mixed, spec.documents)
+    return itertools.islice(_mixed(documents, _dialogues(run), spec.dialogue_share, seed), spec.documents)
 
 
-def _with_dialogues(run, documents: Iterable[str], seed: int) -> Iterator[str | list[int]]:
-    """Documents, and between them conversations of training pairs as token ids."""
-    from sarmlib.chat import encode_conversations
-    rng, most = np.random.default_rng(seed), run.profile.preferences.max_length
-    pairs = itertools.cycle(run.pairs(run.profile.seed)["train"])
-    talks = (ids for pair in pairs for ids in encode_conversations(run.tokenizer, sides(pair), most))
+def _mixed(documents: Iterator[str], dialogues: Iterator[list[int]], share: float, seed: int) -> Iterator:
+    """Documents, and between them dialogues: ``share`` of all."""
+    rng = np.random.default_rng(seed)
     for document in documents:
         yield document
-        while rng.random() < run.profile.corpus.dialogue_share:
-            yield next(talks)
+        while rng.random() < share:
+            yield next(dialogues)
 
 
-def _extractor(run, positions: str):
-    import torch
+def _dialogues(run) -> Iterator[list[int]]:
+    """Conversations of training pairs as token ids, again and again."""
+    for pair in itertools.cycle(run.pairs(run.profile.seed)["train"]):
+        sides = preference.conversations(pair)
+        yield from encode_conversations(run.tokenizer, sides, run.profile.preferences.max_length)
 
-    from sarmlib.backbone import load_backbone
-    from sarmlib.extractor import ActivationExtractor
+
+def _extractor(run, positions: str) -> ActivationExtractor:
     spec, dtype = run.profile.corpus, getattr(torch, run.profile.dtype)
     backbone = load_backbone(run.backbone_path, run.shape["layer"], dtype=dtype, **run.hub)
     return ActivationExtractor(backbone, run.tokenizer, positions, spec.window, spec.batch_size, run.device)
@@ -554,7 +520,6 @@ def _vectors(extractor, documents: Iterator, vectors: int, accelerator=None) -> 
     if accelerator is None:
         yield from extractor.iter_activations(documents, vectors)
         return
-    import torch
     mine = extractor.iter_activations(itertools.islice(documents, RANK, None, WORLD))
     nothing = torch.zeros(0, extractor.backbone.config.hidden_size, device=accelerator.device)
     while vectors > 0:
@@ -595,7 +560,6 @@ def _make_reward(run, variant: str, seed: int, folder: Path) -> dict:
 
 
 def _make_scores(run, variant: str, seed: int, folder: Path) -> dict:
-    from sarmlib.evaluation.scorer import score_rows
     spec, encodes = run.profile.benchmarks, variant in SAE_OF_VARIANT
     model = run.load_reward(variant, seed).to(run.device)
     found = [score_rows(model, run.tokenizer, rows, max_length=spec.max_length, batch_tokens=spec.batch_tokens,
@@ -610,8 +574,6 @@ def _make_scores(run, variant: str, seed: int, folder: Path) -> dict:
 
 
 def _make_labels(run, seed: int, folder: Path) -> dict:
-    from sarmlib.interpretation.judges import KeywordJudge, judge_labels
-    from sarmlib.interpretation.llm import LLMExplainer, LLMJudge
     spec, contexts = run.profile.interpretation, run.contexts(seed)
     table = contexts.features()
     table = table[table.kind == "usual"].sort_values("contribution_sd", ascending=False, kind="stable")
@@ -636,7 +598,6 @@ def _make_labels(run, seed: int, folder: Path) -> dict:
 def benchmark_units(name: str, rows: list[dict]) -> pd.DataFrame:
     """One line per response in scoring order: benchmark, row, slot, label (chosen or rejected), prompt_id,
     response_id, domain, style (RM-Bench), text, prompt_text, concepts (toy world)."""
-    from sarmlib.evaluation.scorer import answers
     lines = []
     for number, row in enumerate(rows):
         truth = (row.get("additional_metadata") or {}).get("concepts")
@@ -675,30 +636,30 @@ def _draw(items: list, count: int | None, seed: int) -> list:
     return [items[i] for i in order[:count]]
 
 
-def _limit(rows: list[dict], group: str, count: int | tuple | None, seed: int) -> list[dict]:
-    """At most ``count`` rows per group (a tuple names groups and counts), drawn with a seed; Ties couples stay whole."""
-    if count is None:
-        return rows
-    groups: dict[str, dict[str, list[int]]] = {}
+def _limit(rows: list[dict], group: str, most: int | tuple | None, seed: int) -> list[dict]:
+    """At most ``most`` rows per group (a tuple: of the groups that it names), drawn; Ties couples stay whole."""
+    groups: defaultdict[str, defaultdict[str, list[int]]] = defaultdict(lambda: defaultdict(list))
     for i, row in enumerate(rows):
         name = row.get(group, "all")
         couple = str(row["id"]).partition(":")[2] if name.lower() == "ties" else str(i)
-        groups.setdefault(name, {}).setdefault(couple, []).append(i)
+        groups[name][couple].append(i)
+    counts = dict(most) if isinstance(most, tuple) else dict.fromkeys(groups, most)
     rng, kept = np.random.default_rng(seed), []
     for name, couples in groups.items():
-        order = list(couples.values())
+        order, size = list(couples.values()), counts.get(name)
         drawn = [i for n in rng.permutation(len(order)) for i in order[n]]
-        size = dict(count).get(name, len(drawn)) if isinstance(count, tuple) else count
-        kept += drawn[: size - size % 2 if name.lower() == "ties" else size]
+        if size is not None and name.lower() == "ties":
+            size -= size % 2
+        kept += drawn[:size]
     return [rows[i] for i in sorted(kept)]
 
 
-def _write_rows(folder: Path, parts: dict[str, list[dict]]) -> dict[str, int]:
+def _write_rows(folder: Path, **parts: list[dict]) -> dict[str, int]:
     for name, rows in parts.items():
         lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
         write_atomic(folder / f"{name}.jsonl", "".join(lines))
     return {name: len(rows) for name, rows in parts.items()}
 
 
-def _read_rows(artifact: Artifact, names: Iterable[str]) -> dict[str, list[Any]]:
+def _read_rows(artifact: Artifact, *names: str) -> dict[str, list[Any]]:
     return {name: list(iter_rows(artifact.file(f"{name}.jsonl"))) for name in names}

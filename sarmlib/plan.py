@@ -1,8 +1,4 @@
-"""What a profile will cost, before anything is downloaded: tokens, memory, disk, hours and the commands.
-
-Every number is arithmetic on shapes and on the profile, not a measurement; hours assume a stated share of the
-hardware's peak rate.
-"""
+"""What a profile will cost, before anything is downloaded: arithmetic on shapes, not a measurement."""
 
 from __future__ import annotations
 
@@ -27,14 +23,11 @@ SHAPES = {"meta-llama/Llama-3.2-3B-Instruct": LLAMA_3B, "meta-llama/Llama-3.1-8B
 HARDWARE = {"h100": (989, 80), "h200": (989, 141), "a100": (312, 80), "l4": (121, 24), "rtx4090": (165, 24),
             "t4": (65, 16)}
 """bf16 peak in TFLOP/s and memory in GB, as the maker states them."""
-SHARE = 0.4
-"""Share of the peak rate that the hours assume (``benchmarks/gpu.py`` measures it)."""
-TOKENS_PER_VECTOR = 20
-"""Paper: "50M sequences (approximately 1B tokens)"."""
-PAIR_TOKENS, PAIRS, BENCHMARK_TEXTS, TEXT_TOKENS = 1200, 77_000, 1865 * 4 + 1327 * 6, 450
-"""Assumed: tokens of both answers of a Skywork pair and its prompt; pairs; texts of both benchmarks; their length."""
-BUFFER = 65_536
-"""Vectors that SAE training mixes when they come as a stream."""
+SHARE = 0.4  # of the peak rate, which the hours assume (``benchmarks/gpu.py`` measures it)
+VECTOR_TOKENS = 20  # "50M sequences (approximately 1B tokens)"
+PAIRS, PAIR_TOKENS = 77_000, 1200  # assumed of Skywork: pairs, and tokens of a pair's two conversations
+BENCHMARK_TOKENS = (1865 * 4 + 1327 * 6) * 450  # texts of both benchmarks, and an assumed length
+BUFFER = 65_536  # vectors that SAE training mixes when they come as a stream
 
 
 class Sizes(NamedTuple):
@@ -54,10 +47,7 @@ class Sizes(NamedTuple):
 
 
 def backbone_path(profile: Profile) -> str:
-    """Folder, GGUF file or hub id of a profile's decoder.
-
-    Raises ConfigError for a folder below models/ of the checkout that has not been made.
-    """
+    """Folder, GGUF file or hub id of a profile's decoder; ConfigError for one below models/ that is not made."""
     source = profile.backbone.source
     if source == "toy":
         from sarmlib.data.toyworld import BACKBONE_DIR
@@ -84,30 +74,28 @@ def sizes(profile: Profile) -> Sizes:
     with torch.device("meta"):
         model = AutoModel.from_config(cut)
     embeddings, d = model.get_input_embeddings().weight.numel(), cut.hidden_size
-    body = sum(weight.numel() for weight in model.parameters()) - embeddings
     m = profile.sae.n_features(d)
-    return Sizes(embeddings, body, m * d, d, m, n_layers(cut), n_layers(config))
+    return Sizes(embeddings, model.num_parameters() - embeddings, m * d, d, m, n_layers(cut), n_layers(config))
 
 
 def plan(profile: Profile, hardware: str = "h100", devices: int = 1) -> pd.DataFrame:
     """One row per stage: tokens, hours, device_gb (each), host_gb (all processes of one machine), disk_gb.
 
-    With N parameters of the layers, t tokens and v vectors: extraction 2 N t; SAE 2 M d v (one dense product, the
-    rest is sparse) and 16 bytes for each of its 2 M d weights; reward training 6 N t (8 N t with gradient
-    checkpointing), 16 bytes a trained weight (float32 weight, gradient, two moments) shared by the devices, and the
-    states of a micro-batch; scoring 2 N t.  Hours are a floor.  Raises ConfigError for unknown hardware.
+    With N weights of the layers, t tokens and v vectors: 2 N t FLOP to read, 6 N t to train (8 N t with gradient
+    checkpointing), 2 M d v for an SAE (one dense product, the rest is sparse); hours are a floor.  A trained weight
+    takes 16 bytes (float32 weight, gradient, two moments).  Raises ConfigError for unknown hardware.
     """
     if hardware not in HARDWARE or devices < 1:
         raise ConfigError(f"{devices} x {hardware!r} is not known; choose 1 or more of {', '.join(HARDWARE)}")
     one, half = sizes(profile), 4e-9 if profile.dtype == "float32" else 2e-9
     download = (one.embeddings + one.layers * one.depth / one.layer) * 2e-9
     stages: list[tuple] = [("download", math.nan, 0, 0, 0, download)]
-    if "sarm" in profile.variants or "token_sae" in profile.variants:
-        stages += _sae_stages(profile, one, devices, half)
-    if profile.variants:
-        stages.append(_reward_stage(profile, one, devices, half))
-    weights = (one.total + one.n_features * one.d) * half
-    tokens = BENCHMARK_TEXTS * TEXT_TOKENS * max(1, len(profile.variants) * len(profile.seeds))
+    if kinds := len({"sarm", "token_sae"} & set(profile.variants)):
+        stages += _sae_stages(profile, one, kinds, devices, half)
+    models = len(profile.variants) * len(profile.seeds)
+    if models:
+        stages.append(_reward_stage(profile, one, models, devices, half))
+    weights, tokens = (one.total + one.encoder) * half, BENCHMARK_TOKENS * max(1, models)
     memory = weights + profile.benchmarks.batch_tokens * one.d * 40e-9
     stages.append(("scores", tokens, 2 * one.layers * tokens, memory, weights, 0.2))
     table = pd.DataFrame(stages, columns=["stage", "tokens", "hours", "device_gb", "host_gb", "disk_gb"])
@@ -115,32 +103,29 @@ def plan(profile: Profile, hardware: str = "h100", devices: int = 1) -> pd.DataF
     return table
 
 
-def _sae_stages(profile: Profile, one: Sizes, devices: int, half: float) -> list[tuple]:
+def _sae_stages(profile: Profile, one: Sizes, kinds: int, devices: int, half: float) -> list[tuple]:
     """(stage, tokens, FLOP, device GB, host GB, disk GB) of activations and SAEs."""
     sae, times, backbone = profile.sae, len(profile.seeds), (one.embeddings + one.layers) * half
-    kinds = ("sarm" in profile.variants) + ("token_sae" in profile.variants)
-    vectors, tokens = sae.vectors * one.d * 4e-9, sae.vectors * TOKENS_PER_VECTOR * kinds
+    file, tokens = sae.vectors * one.d * 4e-9, sae.vectors * VECTOR_TOKENS * kinds
     extraction = backbone + profile.corpus.batch_size * profile.corpus.window * one.d * 40e-9
     memory = 2 * one.encoder * 16e-9 + sae.batch_size * one.n_features * 4e-9
     work = 2 * one.encoder * (sae.steps * sae.batch_size if sae.steps else sae.vectors) * kinds * times
     disk, buffers = 2 * one.encoder * 4e-9 * kinds * times, devices * BUFFER * one.d * 8e-9
-    if vectors <= profile.corpus.budget_gb:
-        return [("activations", tokens, 2 * one.layers * tokens, extraction, devices * backbone, vectors * kinds),
+    if file <= profile.corpus.budget_gb:
+        return [("activations", tokens, 2 * one.layers * tokens, extraction, devices * backbone, file * kinds),
                 ("SAE", math.nan, work, memory, buffers, disk)]
     tokens *= times  # the SAE reads the states as they are computed, once for each seed
     return [("SAE", tokens, work + 2 * one.layers * tokens, memory + extraction, buffers + devices * backbone, disk)]
 
 
-def _reward_stage(profile: Profile, one: Sizes, devices: int, half: float) -> tuple:
+def _reward_stage(profile: Profile, one: Sizes, models: int, devices: int, half: float) -> tuple:
     """(stage, tokens, FLOP, device GB, host GB, disk GB) of the reward models."""
-    reward, models = profile.reward, len(profile.variants) * len(profile.seeds)
-    tokens = (profile.preferences.train_pairs or PAIRS) * PAIR_TOKENS * reward.epochs * models
-    again = reward.gradient_checkpointing
+    reward, pairs, again = profile.reward, profile.preferences, profile.reward.gradient_checkpointing
+    tokens = (pairs.train_pairs or PAIRS) * PAIR_TOKENS * reward.epochs * models
     wide = (2 * one.layer + 34) if again else 34 * one.layer  # bytes per token and unit of d
-    pairs = reward.micro_batch_size or reward.batch_size
-    states = 2 * pairs * profile.preferences.max_length * one.d * wide * 1e-9
-    weights = (one.total + one.encoder) * 4e-9
+    states = 2 * (reward.micro_batch_size or reward.batch_size) * pairs.max_length * one.d * wide * 1e-9
     trained = (one.embeddings + one.layers) * (16e-9 / devices + half)  # autocast keeps a copy in half precision
+    weights = (one.total + one.encoder) * 4e-9
     return ("reward models", tokens, (8 if again else 6) * one.layers * tokens,
             trained + 2 * one.encoder * 4e-9 + states, devices * weights, weights * models)
 
@@ -149,18 +134,16 @@ def lines(profile: Profile, hardware: str = "h100", devices: int = 1) -> str:
     """`plan` as text, with what does not fit said in words, and the commands."""
     one, table = sizes(profile), plan(profile, hardware, devices)
     tflops, memory = HARDWARE[hardware]
-    total = {"stage": "together", **table[["tokens", "disk_gb", "hours"]].sum(),
-             **table[["device_gb", "host_gb"]].max()}
-    shown = pd.concat([table, pd.DataFrame([total])], ignore_index=True)
-    shown["tokens"] = ["" if math.isnan(value) else f"{value:.3g}" for value in shown.tokens]
+    tokens = {"tokens": lambda count: "" if math.isnan(count) else f"{count:.3g}"}
     return "\n".join([
         f"profile {profile.name}: {one.total / 1e9:.2f} B parameters, d {one.d}, M {one.n_features}, layer "
         f"{one.layer} of {one.depth}",
         f"on {devices} x {hardware} at {SHARE:.0%} of {tflops} TFLOP/s (an assumption); nothing was started",
-        shown.to_string(index=False, float_format=lambda value: f"{value:,.2f}"),
+        table.to_string(index=False, float_format="{:,.2f}".format, formatters=tokens),
+        f"together {table.hours.sum():,.2f} hours and {table.disk_gb.sum():,.2f} GB of disk",
         *(f"{row.stage} needs about {row.device_gb:.0f} GB on each device, {hardware} has {memory}: use more"
           for row in table.itertuples() if row.device_gb > memory),
-        *_commands(profile, devices, (one.embeddings + one.layers) * 16e-9 > memory / 2)])
+        *_commands(profile, devices, large=(one.embeddings + one.layers) * 16e-9 > memory / 2)])
 
 
 def _commands(profile: Profile, devices: int, large: bool) -> list[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+from contextlib import suppress
 from fractions import Fraction
 from operator import attrgetter
 from pathlib import Path
@@ -28,10 +29,8 @@ def _number(value: Any) -> Any:
     if isinstance(value, bool):
         raise ValueError("must be a number")
     if isinstance(value, str):
-        try:
-            return float(Fraction(value.strip()) if "/" in value else value)
-        except (ValueError, ZeroDivisionError, OverflowError):
-            raise ValueError("must be a number") from None
+        with suppress(ValueError, ArithmeticError):  # pydantic says what is wrong
+            return float(Fraction(value) if "/" in value else value)
     return value
 
 
@@ -41,29 +40,28 @@ def _distinct(values: tuple) -> tuple:
     return values
 
 
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number)]
+Number = Annotated[float, BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_number)]
 Count = Annotated[Whole, Field(ge=1)]
 Seed = Annotated[Whole, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
-Share = Annotated[Number, Field(ge=0, le=1)]
+Share = Annotated[NotNegative, Field(le=1)]
+ProperShare = Annotated[NotNegative, Field(lt=1)]
 Parts = Annotated[tuple[tuple[str, Count], ...],
                   BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value)]
-ProperShare = Annotated[Number, Field(ge=0, lt=1)]
 
 
 class Settings(BaseModel):
     """Base of all sections: frozen, hashable, and without unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Backbone(Settings):
     """The pretrained decoder."""
 
-    # "hidden activations from Llama-3 models (3B and 8B)"
-    source: str = "meta-llama/Llama-3.1-8B-Instruct"  # toy, data, a folder, a GGUF file or a hub id
+    source: str = "meta-llama/Llama-3.1-8B-Instruct"  # toy, data, a path or a hub id; "Llama-3 models (3B and 8B)"
     revision: str | None = None  # commit on the hub; None = newest, which is not reproducible
     layer: Count | None = None  # l, from 1; None = half, "hidden states from the midpoint layer"
     trust_remote_code: StrictBool = False  # run Python code that comes with a checkpoint
@@ -72,8 +70,7 @@ class Backbone(Settings):
 class Corpus(Settings):
     """Text for SAE pretraining."""
 
-    # toy, data, a file or folder, or a hub id; "sampled from OpenWebText2"
-    source: str = "segyges/OpenWebText2"
+    source: str = "segyges/OpenWebText2"  # toy, data, a path or a hub id; "sampled from OpenWebText2"
     revision: str | None = None
     documents: Count | None = None  # read at most; None = as many as the SAE needs
     window: Annotated[Whole, Field(ge=2)] = 1024  # tokens per row (not stated in the paper)
@@ -86,8 +83,7 @@ class Sae(Settings):
     """The TopK sparse autoencoder, equations 2-5, 7 and 8."""
 
     expansion: Count = 16  # M = expansion x d; "set to $16 \times$ the hidden size of the LLM"
-    # k = k_ratio x d; "the sparsity constraint k is fixed at $\frac{3}{64}$ of the hidden size"
-    k_ratio: Annotated[Number, Field(gt=0, le=1)] = 3 / 64
+    k_ratio: Annotated[Positive, Field(le=1)] = 3 / 64  # k = k_ratio x d; "fixed at $\frac{3}{64}$ of the hidden size"
     # "exclusively on activations from the final token of each sentence"
     positions: Literal["sentence_end", "official", "every", "last"] = "sentence_end"
     vectors: Count = 50_000_000  # "50M sequences (approximately 1B tokens)"
@@ -118,7 +114,7 @@ class Preferences(Settings):
     revision: str | None = None
     train_pairs: Count | None = None  # None = all that are not held out
     eval_pairs: Count = 1000  # of those held out
-    eval_fraction: Annotated[Number, Field(gt=0, lt=1)] = 0.1  # of the prompts; none is on both sides
+    eval_fraction: Annotated[Positive, Field(lt=1)] = 0.1  # of the prompts; none is on both sides
     label_noise: Share = 0.0  # of the training pairs, labels swapped (toy world only)
     longest: Count | None = None  # pairs with a side of more tokens are left out (not in the toy world)
     max_length: Count = 4096  # tokens per conversation, as in the released code; the beginning is cut
@@ -195,11 +191,9 @@ class Profile(Settings):
 
     def folder(self, kind: str) -> Path | None:
         """``DATA/<kind>``; None for a benchmark that is not there, DataError for anything else that is not."""
-        found = Path(self.data or "") / kind
-        if self.data and found.is_dir():
-            return found
-        if self.data and kind in ("rewardbench2", "rm_bench"):
-            return None
+        found = Path(self.data or "", kind)
+        if self.data and (found.is_dir() or kind in ("rewardbench2", "rm_bench")):
+            return found if found.is_dir() else None
         raise DataError(f"the data folder {self.data} has no folder {kind}/; it needs backbone/ (a decoder with its "
                         "tokenizer), corpus/ (text), pairs/ (preference pairs), and rewardbench2/ or rm_bench/")
 
@@ -249,13 +243,19 @@ def load_profile(name_or_path: str | Path = "toy", *, data: str | Path | None = 
     """
     raw = _read(name_or_path)
     for path, value in overrides.items():
-        _assign(raw, path.split("."), value)
+        *parents, last = path.split(".")
+        section = raw
+        for part in parents:
+            if not isinstance(section.get(part), dict):
+                section[part] = {}
+            section = section[part]
+        section[last] = value
     try:
         profile = Profile(**{str(key): value for key, value in raw.items()})
     except ValidationError as error:
         raise ConfigError("; ".join(map(_in_words, error.errors()))) from None
-    parts, tests = (profile.backbone, profile.corpus, profile.preferences), profile.benchmarks
-    if "data" not in (*(part.source for part in parts), tests.rewardbench2, tests.rm_bench):
+    sources = [part.source for part in (profile.backbone, profile.corpus, profile.preferences)]
+    if "data" not in [*sources, profile.benchmarks.rewardbench2, profile.benchmarks.rm_bench]:
         if data:
             raise ConfigError(f"profile {profile.name!r} reads no data folder (got {str(data)!r}); use profile local")
         return profile
@@ -275,20 +275,9 @@ def _read(name_or_path: str | Path) -> dict:
             raise ConfigError(f"unknown profile {str(path)!r}{_closest(str(path), known)}")
         path = FOLDER / f"{path}.yaml"
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"profile {path} cannot be read: {error}") from error
-    if not isinstance(raw, dict):
-        raise ConfigError(f"profile {path} must be a mapping of settings, got {type(raw).__name__}")
-    return {"name": path.stem, **raw}
-
-
-def _assign(raw: dict, path: list[str], value: Any) -> None:
-    for part in path[:-1]:
-        raw = raw.setdefault(part, {})
-        if not isinstance(raw, dict):
-            raise ConfigError(f"{'.'.join(path)}: {part} must be a mapping of settings, got {raw!r}")
-    raw[path[-1]] = value
+        return {"name": path.stem, **(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
+    except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"profile {path} cannot be read as a mapping of settings: {error}") from error
 
 
 def _in_words(error: Any) -> str:

@@ -13,12 +13,22 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
+from scipy import sparse
 
+from sarmlib.data.pairs import drop_contaminated
 from sarmlib.errors import DataError
 from sarmlib.evaluation import published, rewardbench2, rm_bench
+from sarmlib.evaluation.scorer import score
 from sarmlib.evaluation.statistics import Interval, auroc, bootstrap_ci, seeds_and_prompts_ci, seeds_ci
+from sarmlib.hub import check_access, hub_folder
+from sarmlib.interpretation.ground_truth import compare_representations, shuffled_concepts
+from sarmlib.interpretation.judges import KeywordJudge
 from sarmlib.pipeline import SAE_OF_VARIANT, Run, conversations
+from sarmlib.sae.quality import evaluate_sae
+from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm import steering as lab
+from sarmlib.sarm.released import save_official
 
 VARIANT_NAMES = {"sarm": "SARM", "token_sae": "token-level SAE", "random_encoder": "random encoder",
                  "scalar_half": "scalar, half depth", "scalar_full": "scalar, full depth"}
@@ -41,20 +51,16 @@ def sae_table(run: Run) -> pd.DataFrame:
 
 def sae_training(run: Run, seed: int) -> pd.DataFrame:
     """Training logs of one seed's SAEs; ``run`` names the positions in words."""
-    logs = {rule: pd.DataFrame(run.sae(rule, seed).json("log.json")) for rule in _position_rules(run)}
-    return pd.concat([log.assign(run=POSITION_NAMES[rule]) for rule, log in logs.items()], ignore_index=True)
+    return pd.DataFrame([{**row, "run": POSITION_NAMES[rule]} for rule in _position_rules(run)
+                         for row in run.sae(rule, seed).json("log.json")])
 
 
 def _position_rules(run: Run) -> list[str]:
-    return list(dict.fromkeys(SAE_OF_VARIANT[v] for v in run.profile.variants if SAE_OF_VARIANT.get(v)))
+    return list(dict.fromkeys(filter(None, map(SAE_OF_VARIANT.get, run.profile.variants))))
 
 
 def untrained_sae_fvu(run: Run) -> float:
     """Variance left unexplained by an SAE that was never trained: the control."""
-    import torch
-
-    from sarmlib.sae.quality import evaluate_sae
-    from sarmlib.sae.topk import TopKSAE
     sizes = [run.shape[name] for name in ("d_model", "n_features", "k")]
     sae = TopKSAE(*sizes, generator=torch.Generator().manual_seed(0))
     return evaluate_sae(sae, run.vectors("sentence_end")["held_out"])["fvu"]
@@ -69,12 +75,12 @@ def decoder_norm_error(run: Run, seed: int, stretch: float = 1.0) -> float:
 
 def reward_training(run: Run) -> pd.DataFrame:
     """Held-out pair accuracy of every variant and seed during training; ``step`` counts pairs seen."""
-    logs = [(VARIANT_NAMES[variant], seed, pd.DataFrame(run.reward(variant, seed).json("log.json")))
-            for variant in run.profile.variants for seed in run.profile.seeds]
-    table = pd.concat([log.assign(variant=name, seed=seed) for name, seed, log in logs], ignore_index=True)
-    table = table.dropna(subset="eval_accuracy").drop_duplicates(["variant", "seed", "step"], keep="last")
-    table = table.assign(step=table.step * run.profile.reward.batch_size, accuracy=table.eval_accuracy)
-    return table[["variant", "seed", "step", "accuracy"]]
+    table = pd.DataFrame([{"variant": VARIANT_NAMES[variant], "seed": seed, **row}
+                          for variant in run.profile.variants for seed in run.profile.seeds
+                          for row in run.reward(variant, seed).json("log.json")])
+    table = table.assign(accuracy=table.eval_accuracy).dropna(subset="accuracy")
+    table["step"] *= run.profile.reward.batch_size
+    return table.drop_duplicates(["variant", "seed", "step"], keep="last")[["variant", "seed", "step", "accuracy"]]
 
 
 def reward_sum_error(run: Run, seed: int, drop_feature: bool = False) -> float:
@@ -97,7 +103,6 @@ def changed_sae_tensors(run: Run, seed: int, positions: str = "sentence_end") ->
 def pair_accuracy(run: Run, variant: str, seed: int, shuffled: bool = False) -> float:
     """Share of held-out pairs whose chosen answer gets the higher reward (a tie counts half); ``shuffled``
     swaps the answers of a random half of them: the control."""
-    from sarmlib.evaluation.scorer import score
     held, model = run.pairs(seed)["eval"], run.load_reward(variant, seed)
     talks = [[*pair["prompt"], {"role": "assistant", "content": pair[side]}]
              for side in ("chosen", "rejected") for pair in held]
@@ -150,10 +155,6 @@ def case_studies(run: Run, seed: int) -> pd.DataFrame:
 
 def concept_table(run: Run, seed: int) -> pd.DataFrame:
     """Toy world: each planted concept against the best single feature, coordinate or label, held out."""
-    from scipy import sparse
-
-    from sarmlib.interpretation.ground_truth import compare_representations
-    from sarmlib.interpretation.judges import KeywordJudge
     contexts, judge = run.contexts(seed), KeywordJudge(run.explainer(seed).vocabulary)
     found: dict[str, Any] = {VARIANT_NAMES[variant]: run.scored(variant, seed).part("rm_bench")[1]
                              for variant in SAE_OF_VARIANT if variant in run.profile.variants}
@@ -177,7 +178,6 @@ def concept_summary(table: pd.DataFrame) -> pd.DataFrame:
 
 def concept_null(run: Run, seed: int) -> Interval:
     """Mean AUROC of :func:`concept_table` with concepts shuffled among prompts, and 95 % of 20 shuffles."""
-    from sarmlib.interpretation.ground_truth import shuffled_concepts
     units, z = run.scored("sarm", seed).part("rm_bench")
     found = shuffled_concepts(z, _concepts(units), units.prompt_id, times=20, seed=seed)
     low, high = np.quantile(found, [0.025, 0.975]).tolist()
@@ -208,6 +208,11 @@ class Steering:
     rows: pd.DataFrame
     target: np.ndarray
     analysis: lab.SteeringAnalysis
+
+    @property
+    def active(self) -> np.ndarray:
+        """Where the feature fires, of every response."""
+        return self.analysis.activation(self.feature) != 0
 
     @property
     def table(self) -> pd.DataFrame:
@@ -255,7 +260,6 @@ def steering(run: Run, seed: int) -> Steering:
 
 def _asked_in(units: pd.DataFrame, others: pd.DataFrame) -> set[str]:
     """Ids of the prompts of ``units`` that ``others`` ask too, exactly or nearly."""
-    from sarmlib.data.pairs import drop_contaminated
     prompts = dict(zip(units.prompt_id, units.prompt_text, strict=True))
     pairs = [{"id": name, "prompt": [{"role": "user", "content": text}]} for name, text in prompts.items()]
     return set(prompts) - {pair["id"] for pair in drop_contaminated(pairs, others.prompt_text.unique())}
@@ -265,22 +269,19 @@ def steering_table(run: Run) -> pd.DataFrame:
     """Per seed: the feature, where it is active, shifts in sd of rewards, and T - C at equal base reward."""
     lines = []
     for one in (steering(run, seed) for seed in run.profile.seeds):
-        active, (t, c) = one.analysis.activation(one.feature) != 0, one.shifts()
+        active, spread, (t, c) = one.active, one.analysis.rewards.std(), one.shifts()
         matched = lab.matched_difference(one.table, n_boot=run.profile.steering.bootstrap)
-        spread = one.analysis.rewards.std()
         lines.append({
             "seed": one.seed, "feature": one.feature, "s": one.scores.s[0], "w": one.analysis.w[one.feature],
             "active_T": active[one.target].mean(), "active_C": active[~one.target].mean(),
-            "shift_T": t, "shift_C": c, "T_minus_C": t - c,
-            "matched_T_minus_C": matched["difference"] / spread, "matched_lo": matched["lo"] / spread,
-            "matched_hi": matched["hi"] / spread})
+            "shift_T": t, "shift_C": c, "T_minus_C": t - c, "matched_T_minus_C": matched["difference"] / spread,
+            "matched_lo": matched["lo"] / spread, "matched_hi": matched["hi"] / spread})
     return pd.DataFrame(lines)
 
 
 def feature_meaning(one: Steering) -> pd.DataFrame:
     """Planted concepts (toy world only) by how much more often the chosen feature fires in them."""
-    active = one.analysis.activation(one.feature) != 0
-    lines = [(name, true.sum(), active[true].mean() - active[~true].mean())
+    lines = [(name, true.sum(), one.active[true].mean() - one.active[~true].mean())
              for name, true in _concepts(one.units).items() if not true.all()]
     table = pd.DataFrame(lines, columns=["concept", "n", "difference"])
     return table.sort_values("difference", ascending=False, ignore_index=True)
@@ -289,14 +290,13 @@ def feature_meaning(one: Steering) -> pd.DataFrame:
 def steered_forward(run: Run, one: Steering, add: float = 0.0) -> dict[str, float]:
     """400 responses scored with and without the edit: largest change of inactive ones, and distance from the
     closed form.  ``add`` adds a constant, as adding to an inactive latent would: the control."""
-    from sarmlib.evaluation.scorer import score
     model, factors = run.load_reward("sarm", one.seed), {one.feature: one.factor}
     rows = np.random.default_rng(one.seed).permutation(len(one.units))[:400]
     talks, length = conversations(one.units.iloc[rows]), run.profile.benchmarks.max_length
     before, after = (score(each, run.tokenizer, talks, max_length=length).rewards
                      for each in (model, lab.steer(model, factors)))
-    inactive, after = one.analysis.activation(one.feature)[rows] == 0, after + add
-    return {"inactive_change": float(np.abs(after - before)[inactive].max(initial=0.0)),
+    after = after + add
+    return {"inactive_change": float(np.abs(after - before)[~one.active[rows]].max(initial=0.0)),
             "closed_form_error": float(np.abs(after - one.analysis.steered(factors)[rows]).max())}
 
 
@@ -344,10 +344,8 @@ def _parts(benchmark: str, rows: list[dict]) -> dict[str, float]:
     if benchmark == "rewardbench2":
         result = rewardbench2.score(rows)
         return {**result["subsets"], "overall": result["mean_of_present_subsets"]}
-    result = rm_bench.score_present(rows)
-    parts = {name: result[name] for name in rm_bench.DOMAINS if result[name] is not None}
-    levels = pd.DataFrame(result["per_domain"]).T.mean()
-    return {**parts, "overall": float(np.mean(list(parts.values()))), **levels}
+    levels = pd.DataFrame(rm_bench.score_present(rows)["per_domain"])  # difficulty x domain
+    return {**levels.mean(), "overall": levels.mean().mean(), **levels.mean(axis=1)}
 
 
 def part_table(run: Run, benchmark: str) -> pd.DataFrame:
@@ -362,11 +360,11 @@ def variant_table(run: Run) -> pd.DataFrame:
     """Held-out pair accuracy and overall scores of every variant, each mean and standard error over seeds."""
     scores, lines = score_table(run).query("part == 'overall'"), []
     for variant in run.profile.variants:
-        accuracy = pd.Series([run.reward(variant, seed).meta["eval_accuracy"] for seed in run.profile.seeds])
         own, row = scores[scores.variant == variant], {"variant": VARIANT_NAMES[variant]}
-        for name in ("pairs", *_present(run)):
-            values = accuracy if name == "pairs" else own.value[own.benchmark == name]
-            row |= {name: values.mean(), f"{name}_se": values.sem()}
+        values = {name: own.value[own.benchmark == name] for name in _present(run)}
+        accuracy = [run.reward(variant, seed).meta["eval_accuracy"] for seed in run.profile.seeds]
+        for name, value in {"pairs": pd.Series(accuracy), **values}.items():
+            row |= {name: value.mean(), f"{name}_se": value.sem()}
         lines.append(row)
     return pd.DataFrame(lines)
 
@@ -449,8 +447,6 @@ def table2(run: Run) -> pd.DataFrame:
 def released_checkpoint(run: Run) -> tuple[Path, str]:
     """A checkpoint in the authors' layout, and a sentence that says which: profile ``released`` has theirs,
     any other writes the run's SARM as they write theirs, so that the same cells run without a network."""
-    from sarmlib.hub import check_access, hub_folder
-    from sarmlib.sarm.released import save_official
     if run.profile.name == "released":
         from huggingface_hub import snapshot_download
         folder, revision = Path(hub_folder(run.backbone_path)), run.profile.backbone.revision

@@ -30,12 +30,12 @@ if not NOTEBOOKS.is_dir():  # no checkout: the copy inside the installed package
 
 
 class NotebookRun(NamedTuple):
-    """``status`` is ran, unchanged or failed; ``output`` the executed notebook."""
+    """What became of one notebook."""
 
     name: str
-    status: str
+    status: str  # ran, unchanged or failed
     seconds: float
-    output: str
+    output: str  # the executed notebook
     error: str = ""
 
 
@@ -44,9 +44,8 @@ def run_notebooks(profile: str = "toy", names: list[str] | None = None, *, folde
                   refresh: bool = False) -> list[NotebookRun]:
     """Execute notebooks with a profile (name or YAML file), one by one, into ``<runs>/<profile>/notebooks``.
 
-    ``refresh``: execute them with their own defaults, and put the outputs into the committed files.  All are
-    tried; SarmlibError at the end names those that failed.  ConfigError, before anything runs, for an unknown
-    notebook or one without the parameter ``profile``.
+    ``refresh``: with their own defaults, and their outputs go into the committed files.  SarmlibError at the end
+    names those that failed; ConfigError, before anything runs, an unknown notebook or one without ``profile``.
     """
     loaded, sources = load_profile(profile, data=data), _sources(Path(folder), names)
     root = Path(runs).resolve() / loaded.name if runs else default_root(loaded.name)
@@ -54,12 +53,12 @@ def run_notebooks(profile: str = "toy", names: list[str] | None = None, *, folde
     # the user's data may be large, so there size and time of change must do
     users = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in _files(loaded.data)]
     base = [loaded.model_dump(), [hash_file(p) for p in _files(PACKAGE)], users, str(root), given]
-    values, done = None if refresh else {"profile": given}, []
+    values, done = {} if refresh else {"profile": given}, []
     target = root / ("committed" if refresh else "notebooks")
     target.mkdir(parents=True, exist_ok=True)
-    paths = dict.fromkeys([str(PACKAGE.parent), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
     os.environ |= {"SARMLIB_RUNS": str(root.parent), "JUPYTER_PREFER_ENV_PATH": "1",
-                   "PYTHONPATH": os.pathsep.join(filter(None, paths)), "SARMLIB_DATA": loaded.data or ""}
+                   "PYTHONPATH": os.pathsep.join(paths), "SARMLIB_DATA": loaded.data or ""}
     with FileLock(target / ".lock"):  # a second process waits, and then finds the work done
         for number, path in enumerate(sources, 1):
             out, stamp = target / path.name, hash_json([*base, path.read_text(encoding="utf-8")])
@@ -101,14 +100,12 @@ def _hashes(paths: Iterable[str | Path]) -> dict[str, str]:
 def _finished(out: Path, stamp: str) -> NotebookRun | None:
     """The last run, when it was of the same things and what it made is untouched."""
     record = out.with_suffix(".run.json")
-    last = _read(record) if record.exists() else {"stamp": None}
-    if last["stamp"] != stamp or last["made"] != _hashes(last["made"]):
-        return None
-    return NotebookRun(out.stem, "unchanged", last["seconds"], str(out))
+    last = _read(record) if record.exists() else {}
+    same = last.get("stamp") == stamp and last["made"] == _hashes(last["made"])
+    return NotebookRun(out.stem, "unchanged", last["seconds"], str(out)) if same else None
 
 
-def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict | None, title: str | None
-             ) -> NotebookRun:
+def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict, title: str | None) -> NotebookRun:
     import papermill
     record, start, error = out.with_suffix(".run.json"), time.perf_counter(), ""
     record.unlink(missing_ok=True)
@@ -119,10 +116,11 @@ def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict | None,
             papermill.execute_notebook(
                 str(path), str(out), values, cwd=str(path.parent), kernel_name="python3", progress_bar=False,
                 stderr_file=_Stderr(bar), on_cell_start=lambda **_: bar.update())
+            error = _unexecuted(out)
         except Exception as failure:  # a cell's error, a dead kernel, a damaged notebook
-            plain = re.sub(r"\x1b\[[0-9;]*m", "", str(failure)).strip()
-            error = "\n".join(plain.splitlines()[-25:]) or repr(failure)
-    error, seconds = error or _unexecuted(out), round(time.perf_counter() - start, 1)
+            plain = re.sub(r"\x1b\[[0-9;]*m", "", str(failure).strip() or repr(failure))
+            error = "\n".join(plain.splitlines()[-25:])
+    seconds = round(time.perf_counter() - start, 1)
     if not error:
         made = [out, root / "results" / path.with_suffix(".json").name]
         made += [artifact / "manifest.json" for artifact in Store(root).artifacts()]

@@ -1,8 +1,7 @@
 """Content-addressed store: a stage runs once, and what it wrote is found again by what went in.
 
 An artifact is the folder ``<root>/<stage>/<key>/``; ``key`` hashes the stage's settings, the keys of its inputs and the
-source code that makes it.  It is written under a temporary name and renamed, so none is half-written.  A read looks
-whether every file is there with its size; ``verify`` compares the checksums.
+source code that makes it.  It is written under a temporary name and renamed, so none is half-written.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ import shutil
 import sys
 import time
 import uuid
-from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -39,13 +38,25 @@ ROOT = Path(__file__).resolve().parents[1]
 HOUSE = __name__.partition(".")[0]
 MANIFEST = "manifest.json"
 LOCK_SECONDS = 4 * 3600  # how long to wait for another process that is making the same artifact
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EIO)
 
 
 def default_root(profile: str = "toy") -> Path:
     """``$SARMLIB_RUNS/<profile>``, else ``runs/<profile>`` of the checkout or of the current directory; absolute."""
-    base = os.environ.get("SARMLIB_RUNS") or (ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()) / "runs"
-    return Path(base).resolve() / profile
+    home = ROOT if (ROOT / "pyproject.toml").exists() else Path.cwd()
+    return Path(os.environ.get("SARMLIB_RUNS") or home / "runs").resolve() / profile
+
+
+@contextmanager
+def _disk(path: Path) -> Iterator[None]:
+    """What the disk refuses is an ArtifactError; safetensors wraps such an error and loses its number."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", errno.EIO) not in _DISK:
+            raise
+        raise ArtifactError(f"cannot write {str(path)!r}: {error}; free some disk space, make the folder writable or "
+                            "name another one") from error
 
 
 def write_atomic(path: str | os.PathLike, data: str | bytes | Callable[[Path], Any]) -> Path:
@@ -57,26 +68,19 @@ def write_atomic(path: str | os.PathLike, data: str | bytes | Callable[[Path], A
     if path.exists() and not path.is_file():
         raise ArtifactError(f"{str(path)!r} is no regular file and cannot be replaced; name another path")
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
-    try:
+    with _disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        if callable(data):
-            data(temporary)
-        else:
-            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:
-        raise _cannot_write(path, error) from error
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+        try:
+            if callable(data):
+                data(temporary)
+            else:
+                temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
     return path
-
-
-def _cannot_write(path: Path, error: Exception) -> ArtifactError:
-    return ArtifactError(f"cannot write {str(path)!r}: {error}; free some disk space, make the folder writable or name "
-                         "another one")
 
 
 def write_json(path: str | os.PathLike, value: Any) -> Path:
@@ -110,10 +114,10 @@ def hash_tree(path: str | os.PathLike) -> dict[str, str]:
 
 def imports_of(*modules: str) -> list[str]:
     """The modules of this package that ``modules`` reach by import, sorted, themselves included; none is imported."""
-    found, todo = set(), set(modules)
-    while todo:
-        found.add(name := todo.pop())
-        todo |= _imports_of_module(name) - found
+    found, new = set(), set(modules)
+    while new:
+        found |= new
+        new = set().union(*map(_imports_of_module, new)) - found
     return sorted(found)
 
 
@@ -144,30 +148,23 @@ def _source_file(module: str) -> Path | None:
 def code_hash(function: Callable) -> str:
     """SHA-256 of a module-level function: its source, that of the definitions it names in its module (recursively), and
     every module of this package that these import (transitively)."""
-    named = _definitions(inspect.getsource(sys.modules[function.__module__]), function.__name__)
-    modules = imports_of(*set().union(*(_imported(node, function.__module__) for node in named.values())))
-    return hash_json([sorted(named), [[name, hash_file(_source_file(name))] for name in modules]])
+    source = inspect.getsource(sys.modules[function.__module__])
+    statements, names, named = ast.parse(source).body, {function.__name__}, []
+    while new := [node for node in statements if node not in named and names & _binds(node)]:
+        named += new
+        names |= {part.id for node in new for part in ast.walk(node) if isinstance(part, ast.Name)}
+    modules = imports_of(*set().union(*(_imported(node, function.__module__) for node in named)))
+    texts = sorted(ast.get_source_segment(source, node) for node in named)
+    return hash_json([texts, {name: hash_file(_source_file(name)) for name in modules}])
 
 
-def _definitions(source: str, start: str) -> dict[str, ast.stmt]:
-    """Text -> syntax tree of the top-level statements that bind ``start`` or a name these use, recursively."""
-    lines, bound, found, todo = source.splitlines(), defaultdict(list), {}, {start}
-    for node in ast.parse(source).body:
-        for name in _binds(node):
-            bound[name].append(node)
-    while todo:
-        for node in bound.pop(todo.pop(), []):
-            found["\n".join(lines[node.lineno - 1 : node.end_lineno])] = node
-            todo |= {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
-    return found
-
-
-def _binds(node: ast.stmt) -> list[str]:
+def _binds(node: ast.stmt) -> set[str]:
+    """Names that a top-level statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-        return [node.name]
+        return {node.name}
     if isinstance(node, (ast.Import, ast.ImportFrom)):
-        return [(alias.asname or alias.name).partition(".")[0] for alias in node.names]
-    return [part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)]
+        return {(alias.asname or alias.name).partition(".")[0] for alias in node.names}
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
 def _peak_rss_mib() -> float:  # of this process or of any finished child
@@ -199,10 +196,7 @@ class Artifact:
 
 
 class Store:
-    """Artifacts below one root folder; safe for several processes on one machine at once.
-
-    ``read_only``: raise NotMadeError instead of making anything.
-    """
+    """Artifacts below one root folder, safe for several processes on one machine; ``read_only`` makes none."""
 
     def __init__(self, root: str | os.PathLike, read_only: bool = False):
         self.root = Path(root).resolve()
@@ -228,15 +222,12 @@ class Store:
         if self.read_only:
             raise NotMadeError(f"{stage}/{key} has not been made under {self.root}")
         try:
-            final.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(final.with_name(f".{key}.lock"), timeout=LOCK_SECONDS):
-                return _read(final) or _make(final, settings, inputs, make, resumable)  # made meanwhile?
+            with _disk(final):
+                final.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(final.with_name(f".{key}.lock"), timeout=LOCK_SECONDS):
+                    return _read(final) or _make(final, settings, inputs, make, resumable)  # made meanwhile?
         except Timeout:
             raise ArtifactError(f"{stage}/{key} is locked by another process; wait for it or end it") from None
-        except OSError as error:
-            if error.errno in _DISK:
-                raise _cannot_write(final, error) from error
-            raise
 
     def artifacts(self) -> list[Path]:
         """Folders of all finished artifacts, sorted."""
@@ -259,10 +250,12 @@ def _make(final: Path, settings: Any, inputs: Mapping[str, str], make: Callable,
         if not resumable:
             shutil.rmtree(work, ignore_errors=True)
         raise
+    files = {name: {"sha256": digest, "bytes": (work / name).stat().st_size}
+             for name, digest in hash_tree(work).items() if name != MANIFEST}
     write_json(work / MANIFEST, {
         "stage": final.parent.name, "key": final.name, "settings": settings, "inputs": inputs, "meta": meta,
         "wall_s": round(time.perf_counter() - start, 3), "peak_rss_mib": _peak_rss_mib(), "versions": versions(),
-        "files": _files(work)})
+        "files": files})
     shutil.rmtree(final, ignore_errors=True)  # a damaged one
     os.rename(work, final)
     return replace(_read(final), fresh=True)
@@ -275,25 +268,18 @@ def _read(folder: Path) -> Artifact | None:
     meta, wrong = _check(folder)
     if wrong:
         log.warning("damaged artifact %s will be made again: %s", folder, ", ".join(wrong))
-        return None
-    return Artifact(folder, folder.name, meta)
+    return None if wrong else Artifact(folder, folder.name, meta)
 
 
 def _check(folder: Path, checksums: bool = False) -> tuple[dict, list[str]]:
-    """What ``make`` returned, and what is wrong: file sizes, or with ``checksums`` contents and unknown files too."""
+    """What ``make`` returned; files of another size, or with ``checksums`` all that differ or are strange."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        expected = dict(manifest["files"])
-        sizes = {name: is_ | {"bytes": (folder / name).stat().st_size} for name, is_ in expected.items()}
-        found = _files(folder) if checksums else sizes
-        differ = [name for name in sorted(expected.keys() | found.keys()) if found.get(name) != expected.get(name)]
-        return manifest["meta"], [f"{name} is not what was stored" for name in differ]
+        files = manifest["files"]
+        wrong = {name for name, one in files.items() if (folder / name).stat().st_size != one["bytes"]}
+        if checksums:
+            stored = {(name, one["sha256"]) for name, one in files.items()}
+            wrong |= {name for name, _ in hash_tree(folder).items() ^ stored} - {MANIFEST}
+        return manifest["meta"], [f"{name} is not what was stored" for name in sorted(wrong)]
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return {}, [f"{MANIFEST} or a file cannot be read: {error}"]
-
-
-def _files(folder: Path) -> dict[str, dict]:
-    """Name -> checksum and size of every file of an artifact."""
-    hashes = hash_tree(folder)
-    hashes.pop(MANIFEST, None)
-    return {name: {"sha256": digest, "bytes": (folder / name).stat().st_size} for name, digest in hashes.items()}

@@ -62,7 +62,7 @@ class FakeLLM:
         question = json.dumps(body["messages"])
         number = int(hashlib.sha256(question.encode()).hexdigest(), 16)
         with self.lock:
-            self.keys.add(request.headers.get("Authorization") or request.headers.get("api-key"))
+            self.keys.add(request.headers.get("Authorization"))
             self.asked[question] += 1
             first = self.asked[question] == 1
         time.sleep(self.delay)
@@ -71,8 +71,8 @@ class FakeLLM:
             return self.send(request, self.always, {"error": {"message": said}})
         if self.new and "max_tokens" in body:
             return self.send(request, 400, {"error": {"message": "use max_completion_tokens"}})
-        kind = self.trouble[number % (2 * len(self.trouble))] if (
-            self.trouble and first and number % (2 * len(self.trouble)) < len(self.trouble)) else None
+        kinds = [*self.trouble, *[None] * max(1, len(self.trouble))]  # half of the questions meet none
+        kind = kinds[number % len(kinds)] if first else None
         if kind == "slow":
             time.sleep(2.5)
         elif kind in ("429", "500"):

@@ -31,6 +31,7 @@ ROWS = [{"prompt": "w1 w2", "response": "w3 w4 w5", "id": "one"},
 COMMANDS = ["reproduce", "run", "verify", "figures", "notebooks", "score", "explain", "steer", "evaluate",
             "pretrain-sae", "train", "browse", "doctor"]
 ASK = ["--model", "x", "--prompt", "w1"]
+TRAIN = ["train", "--backbone", "x", "--data", "y", "--output", "z"]
 
 
 @pytest.fixture(scope="module")
@@ -72,35 +73,26 @@ def test_every_command_has_a_group_and_an_example_and_help_imports_no_torch():
     assert done.stdout.rstrip().endswith("[]") and "Example: sarmlib explain --model toy" in done.stdout
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["nonsense"], "No such command 'nonsense'"), (["score"], "Missing option '--model'"),
-    (["score", "--model", "x"], "--input FILE, or --prompt"), (["score", *ASK], "--input FILE, or --prompt"),
-    (["explain", *ASK, "--response", "w2", "--input", "y"], "--input FILE, or --prompt"),
-    (["explain", *ASK, "--response", "w2", "--top", "0"], "--top"),
-    (["score", *ASK, "--response", "w2", "--max-length", "1"], "--max-length"),
-    (["steer", "--model", "x", "--output", "y"], "or --undo alone"),
-    (["steer", "--model", "x", "--output", "y", "--feature", "3:8"], "give NAME=VALUE"),
-    (["steer", "--model", "x", "--output", "y", "--feature", "a=8"], "give ID=NUMBER"),
-    (["run", "magic"], "magic"), (["run", "sae", "--variant", "scalar_half"], "has no pretrained SAE"),
-    (["train", "--backbone", "x", "--data", "y", "--output", "z", "--set", "reward.lr"], "NAME=VALUE")])
-def test_a_wrong_command_line_is_one_sentence_and_status_2(said, arguments, words):
-    err = said(*arguments, status=2)
-    assert words in err and err.startswith("error: ") and err.count("\n") == 1
-
-
-@pytest.mark.parametrize("arguments, words", [
-    (["reproduce", "--profile", "nosuch"], "unknown profile 'nosuch'"),
-    (["reproduce", "--profile", "local"], "DATA=folder"),
-    (["reproduce", "--dry-run", "--hardware", "abacus"], "abacus"),
-    (["explain", *ASK, "--chosen", "w2"], "rejected"),
-    (["score", "--model", "x", "--input", "absent.jsonl"], "absent.jsonl"),
-    (["train", "--backbone", "x", "--data", "y", "--output", "z", "--set", "reward.lrr=1"], "mean 'lr'?"),
-    (["pretrain-sae", "--model", "x", "--corpus", "y", "--output", "z", "--set", "sae.k_ratio=2"], "k_ratio")])
-def test_an_error_of_the_library_is_one_sentence_and_status_1(said, arguments, words, monkeypatch, tmp_path):
+@pytest.mark.parametrize("status, arguments, words", [
+    (2, ["nonsense"], "No such command 'nonsense'"), (2, ["score"], "Missing option '--model'"),
+    (2, ["score", "--model", "x"], "--input FILE, or --prompt"), (2, ["score", *ASK], "--input FILE, or --prompt"),
+    (2, ["explain", *ASK, "--response", "w2", "--input", "y"], "--input FILE, or --prompt"),
+    (2, ["explain", *ASK, "--response", "w2", "--top", "0"], "--top"),
+    (2, ["steer", "--model", "x", "--output", "y"], "or --undo alone"),
+    (2, ["steer", "--model", "x", "--output", "y", "--feature", "3:8"], "give NAME=VALUE"),
+    (2, ["steer", "--model", "x", "--output", "y", "--feature", "a=8"], "give ID=NUMBER"),
+    (2, ["run", "magic"], "magic"), (2, ["run", "sae", "--variant", "scalar_half"], "has no pretrained SAE"),
+    (2, [*TRAIN, "--set", "reward.lr"], "NAME=VALUE"), (1, [*TRAIN, "--set", "reward.lrr=1"], "mean 'lr'?"),
+    (1, ["reproduce", "--profile", "nosuch"], "unknown profile 'nosuch'"),
+    (1, ["reproduce", "--profile", "local"], "DATA=folder"),
+    (1, ["reproduce", "--dry-run", "--hardware", "abacus"], "abacus"),
+    (1, ["explain", *ASK, "--chosen", "w2"], "rejected"),
+    (1, ["score", "--model", "x", "--input", "absent.jsonl"], "absent.jsonl")])
+def test_wrong_use_is_one_sentence_and_leaves_nothing(said, status, arguments, words, monkeypatch, tmp_path):
     monkeypatch.delenv("SARMLIB_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
-    err = said(*arguments, status=1)
-    assert words in err and err.startswith("error: ") and "Traceback" not in err
+    err = said(*arguments, status=status)
+    assert words in err and err.startswith("error: ") and err.count("\n") == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -110,7 +102,7 @@ def test_an_error_of_the_library_is_one_sentence_and_status_1(said, arguments, w
 def test_interruption_and_files_that_cannot_be_read(said, monkeypatch, error, status, words):
     def fail(*args):
         raise error
-    monkeypatch.setattr(cli, "_root", fail)
+    monkeypatch.setattr("sarmlib.store.default_root", fail)
     assert words in said("verify", status=status)
 
 
@@ -206,15 +198,13 @@ def test_a_chat_model_judges_within_its_budget_and_goes_on(said, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["model"] == "fake"
 
 
-def trains(world, output, *more):
-    settings = ["device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=2", "reward.lr=3e-3",
-                "preferences.eval_fraction=0.3"]
-    return ["train", "--backbone", world / "backbone", "--data", world / "pairs.jsonl", "--output", output,
-            *(word for one in settings for word in ("--set", one)), *more]
-
-
 def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
-    printed = said(*trains(world, tmp_path / "out", "--sae", world / "sae"))
+    command = ["train", "--backbone", world / "backbone", "--data", world / "pairs.jsonl", "--sae", world / "sae",
+               "--output", tmp_path / "out"]
+    for setting in ("device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=2", "reward.lr=3e-3",
+                    "preferences.eval_fraction=0.3"):
+        command += ["--set", setting]
+    printed = said(*command)
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["train"] + found["eval"] == 64 and found["eval"] > 4
     assert "left out 1: chosen equals rejected" in printed and f"on {found['eval']} held-out pairs" in printed
@@ -222,25 +212,21 @@ def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
     assert model.sae_hash() == TopKSAE.load(world / "sae").content_hash() and model.score.weight.any()
     assert model.config.layer == 2
     said("score", "--model", tmp_path / "out" / "model", "--prompt", "who is here ?", "--response", "he is .")
-    again = trains(world, tmp_path / "out", "--sae", world / "sae", "--set", "preferences.max_length=100")
-    assert "holds work with other settings" in said(*again, status=1)
-
-
-def pretrains(world, output, *more):
-    small = ["sae.vectors=300", "sae.batch_size=32", "sae.expansion=4", "corpus.window=64", "backbone.layer=2"]
-    return ["pretrain-sae", "--model", world / "backbone", "--corpus", "toy", "--output", output,
-            *(word for one in ("device=cpu", *small) for word in ("--set", one)), *more]
+    assert "holds work with other settings" in said(*command, "--set", "preferences.max_length=100", status=1)
 
 
 def test_an_sae_from_text_that_is_not_written_over(said, world, tmp_path):
-    printed = said(*pretrains(world, tmp_path / "out"))
+    command = ["pretrain-sae", "--model", world / "backbone", "--corpus", "toy", "--output", tmp_path / "out"]
+    for setting in ("device=cpu", "sae.vectors=300", "sae.batch_size=32", "sae.expansion=4", "corpus.window=64",
+                    "backbone.layer=2"):
+        command += ["--set", setting]
+    printed = said(*command)
     assert "fvu" in printed and "of 300 states" in printed
-    assert said(*pretrains(world, tmp_path / "out")) == printed
-    changed = pretrains(world, tmp_path / "out", "--set", "sae.steps=3")
-    assert "holds work with other settings" in said(*changed, status=1)
+    assert said(*command) == printed
+    assert "holds work with other settings" in said(*command, "--set", "sae.steps=3", status=1)
     assert TopKSAE.load(tmp_path / "out").n_features == 64
     (tmp_path / "small.txt").write_text("One sentence. Two.\n")
-    err = said(*pretrains(world, tmp_path / "few", "--corpus", tmp_path / "small.txt"), status=1)
+    err = said(*command, "--corpus", tmp_path / "small.txt", "--output", tmp_path / "few", status=1)
     assert "100 or more are needed" in err and not (tmp_path / "few" / "config.json").exists()
 
 

@@ -43,7 +43,7 @@ def test_every_trouble_is_survived_and_nothing_is_paid_twice(tmp_path):
     with FakeLLM(KINDS) as server:
         one = endpoint(server, cache=tmp_path / "cache.jsonl", timeout=1.5)
         answers = one.ask(questions(60))
-        assert answers == [f"answer to q{i}" for i in range(60)] and one.failures == 0
+        assert answers == [f"answer to q{i}" for i in range(60)]
         assert max(server.asked.values()) == 2 and min(server.asked.values()) == 1
         before = sum(server.asked.values())
         again = endpoint(server, cache=tmp_path / "cache.jsonl")
@@ -60,7 +60,7 @@ def test_a_dripping_server_is_left_at_the_deadline_inside_a_running_event_loop()
     with FakeLLM(("drip",)) as server:
         one, start = endpoint(server, timeout=0.5, retries=0), time.monotonic()
         answers = asyncio.run(inside(one))
-        assert answers.count(None) == one.failures > 0 and any(answers)
+        assert answers.count(None) > 0 and any(answers)
         assert time.monotonic() - start < 3, "each read was in time, the whole was not"
 
 
@@ -157,17 +157,12 @@ def test_a_torn_cache_line_costs_one_question(tmp_path):
 
 @pytest.mark.parametrize("settings, message", [
     ({"base_url": "ftp://x/v1"}, "http"), ({"base_url": "http://user:pass@x/v1"}, "without user"),
-    ({"budget": float("nan")}, "budget"), ({"price": (1.0, -1.0)}, "price")])
+    ({"budget": float("nan")}, "budget"), ({"price": (1.0, -1.0)}, "price"),
+    ({"base_url": "http://example.org/v1"}, "not encrypted")])
 def test_bad_settings(settings, message):
     with pytest.raises(ConfigError, match=message) as error:
-        ChatEndpoint(**{"base_url": "http://127.0.0.1:1/v1", "model": "m", **settings})
+        ChatEndpoint(**{"base_url": "http://127.0.0.1:1/v1", "model": "m", **settings}).ask(questions(1))
     assert "pass@" not in str(error.value)
-
-
-def test_without_openai_it_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "openai", None)
-    with pytest.raises(ConfigError, match=r"pip install 'sarmlib\[llm\]'"):
-        ChatEndpoint("http://127.0.0.1:1/v1", "m")
 
 
 def test_from_the_environment(monkeypatch):
@@ -176,14 +171,12 @@ def test_from_the_environment(monkeypatch):
     for name, value in (("URL", "http://127.0.0.1:1/v1"), ("MODEL", "m"), ("BUDGET", "1000")):
         monkeypatch.setenv(f"SARMLIB_LLM_{name}", value)
     assert from_environment().budget == 1000
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sarmlib\[llm\]'"):
+        from_environment()
     monkeypatch.setenv("SARMLIB_LLM_BUDGET", "lots")
     with pytest.raises(ConfigError, match="'lots': give a number"):
         from_environment()
-
-
-def test_a_key_is_not_sent_in_the_open():
-    with pytest.raises(ConfigError, match="not encrypted"):
-        ChatEndpoint("http://example.org/v1", "m").ask(questions(1))
 
 
 RUN = """

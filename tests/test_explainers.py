@@ -20,7 +20,6 @@ def test_log_odds_by_hand():
     expected = delta / math.sqrt(1 / 13 + 1 / 17 + 1 / 7 + 1 / 33)
     assert log_odds(8, 10, 2, 20, 0.25) == pytest.approx((delta, expected))
     assert log_odds(2, 20, 8, 10, 0.25) == pytest.approx((-delta, -expected))
-    assert log_odds(5, 10, 10, 20, 0.5)[0] == pytest.approx(0)
 
 
 def test_the_planted_keyword_is_found_and_counted(explainer):

@@ -64,7 +64,7 @@ def test_reachable_asks_once(monkeypatch):
     assert not hub.reachable()
 
 
-def test_a_cache_folder_stands_for_its_snapshot(tmp_path):
+def test_a_cache_folder_stands_for_its_snapshot_and_a_gguf_file_is_opened_by_its_name(tmp_path):
     for name in ("one", "two"):
         tiny_config(3 if name == "one" else 4).save_pretrained(tmp_path / "snapshots" / name)
     with pytest.raises(ModelError, match="cannot be loaded"):
@@ -74,9 +74,6 @@ def test_a_cache_folder_stands_for_its_snapshot(tmp_path):
     assert hub.hub_folder(tmp_path) == str(tmp_path / "snapshots" / "two")
     assert hub.from_hub(AutoConfig, tmp_path).num_hidden_layers == 4
     assert hub.hub_folder("owner/name") == "owner/name"
-
-
-def test_a_gguf_file_is_opened_by_its_name(tmp_path):
     recorder = SimpleNamespace(from_pretrained=lambda name, **kwargs: (name, kwargs))
     assert hub.from_hub(recorder, tmp_path / "m.gguf", dtype=1) == (str(tmp_path), {"dtype": 1, "gguf_file": "m.gguf"})
 

@@ -1,6 +1,5 @@
 """RM-Bench: golden cases of the official code, strictness, pooling, refusals (see test_scorer_properties)."""
 
-import copy
 import json
 
 import numpy as np
@@ -27,22 +26,16 @@ def test_golden_cases():
     assert cases
     for case in cases:
         samples = [{k: [float(v) for v in s[k]] if k.startswith("score") else s[k] for k in s} for s in case["samples"]]
-        before = copy.deepcopy(samples)
         if "official_error" in case["expected"]:
             with pytest.raises(DataError):
                 rm_bench.score(samples)
             continue
-        try:
-            result = rm_bench.score(samples)
-        except DataError:
-            assert case["quirk"], f"{case['name']} refused"
-            continue
+        before, result = json.dumps(samples), rm_bench.score(samples)
         assert_close(result, case["expected"]["official_output"], case["name"])
         cells = {name: m.tolist() for name, m in rm_bench.matrices(samples).items()}
         assert_close(cells, case["expected"]["matrix"], case["name"])
         assert_close(rm_bench.score_present(samples)["per_domain"], case["expected"]["per_domain"], case["name"])
-        assert json.dumps(samples) == json.dumps(before), "the input was changed"
-        assert rm_bench.score(samples) == result, "a second call differs"
+        assert json.dumps(samples) == before, "the input was changed"
 
 
 def test_matrix_orientation_and_strictness():

@@ -1,33 +1,18 @@
 """Two gloo processes on the CPU train an SAE like one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from sarmlib.sae import training
 from sarmlib.sae.topk import TopKSAE
 from sarmlib.sae.training import SAETrainConfig, train_sae
-from tests.helpers import ROOT
-from tests.test_sae_training import SIZES, planted, stream_of
-
-SCRIPT = """
-import sys, torch
-from pathlib import Path
-from accelerate import Accelerator
 from sarmlib.store import write_json
-from tests.test_sae_distributed import work
-torch.set_num_threads(1)
-folder, accelerator = Path(sys.argv[1]), Accelerator(cpu=True)
-assert accelerator.num_processes == 2
-sae, log = work(folder, accelerator)
-write_json(sae.save(folder / f"rank{accelerator.process_index}") / "log.json", log)
-accelerator.end_training()
-"""
+from tests.helpers import two_ranks
+from tests.test_sae_training import SIZES, planted, stream_of
 
 
 def work(folder, accelerator=None):
@@ -39,23 +24,20 @@ def work(folder, accelerator=None):
                      resume_dir=folder / "checkpoint", accelerator=accelerator)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def rank(folder: str) -> None:
+    """What each process does."""
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    assert accelerator.num_processes == 2
+    sae, log = work(Path(folder), accelerator)
+    write_json(sae.save(Path(folder, f"rank{accelerator.process_index}")) / "log.json", log)
+    accelerator.end_training()
 
 
 def test_two_processes_give_the_result_of_one(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "BUFFER", training.BUFFER)  # put back afterwards
-    env = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-                        "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    ranks = [subprocess.Popen([sys.executable, "-c", SCRIPT, str(tmp_path / "two")], cwd=ROOT, text=True,
-                              env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE)
-             for rank in range(2)]
+    two_ranks(f"from tests.test_sae_distributed import rank; rank({str(tmp_path / 'two')!r})")
     one, log = work(tmp_path / "one")
-    for process in ranks:
-        _, errors = process.communicate(timeout=240)
-        assert process.returncode == 0, errors[-3000:]
     first, second = (TopKSAE.load(tmp_path / "two" / f"rank{rank}") for rank in range(2))
     assert first.content_hash() == second.content_hash()
     for name, parameter in one.named_parameters():

@@ -67,7 +67,6 @@ def test_equations_2_to_8_written_out():
     out = sae(h)
     torch.testing.assert_close(out.loss, ((x - x_hat).square().sum(-1) / x.square().sum(-1)).mean())
     torch.testing.assert_close(out.x_hat, x_hat * (h.std(-1, keepdim=True) + 1e-6) + h.mean(-1, keepdim=True))
-    torch.testing.assert_close(sae.decode(out.code) * out.std + out.mean, out.x_hat)
 
 
 def test_initialisation_is_tied_unit_norm_and_seeded():
@@ -144,23 +143,16 @@ def test_save_and_load_keep_every_bit(options, tmp_path):
     assert loaded.settings() == sae.settings() and loaded.content_hash() == sae.content_hash()
     assert all(p.requires_grad for p in loaded.parameters())
     assert sorted(path.name for path in (tmp_path / "sae").iterdir()) == sorted([WEIGHTS, CONFIG])
-
-
-def test_content_hash_sees_one_bit_and_every_setting():
-    sae = make()
-    first = sae.content_hash()
-    assert make().content_hash() == first and len(first) == 64
-    assert make(relu=False).content_hash() != first and make(k=4).content_hash() != first
+    assert make(**options | {"k": 4}).content_hash() != sae.content_hash()
     with torch.no_grad():
-        sae.b_pre.view(torch.int32)[0] ^= 1
-    assert sae.content_hash() != first
+        loaded.b_pre.view(torch.int32)[0] ^= 1  # one bit
+    assert loaded.content_hash() != sae.content_hash()
 
 
 def test_load_refuses_damage(tmp_path):
     with pytest.raises(ModelError, match="no readable SAE"):
         TopKSAE.load(tmp_path)
-    make().save(tmp_path)
-    config = json.loads((tmp_path / CONFIG).read_text())
+    config = json.loads((make().save(tmp_path) / CONFIG).read_text())
     for change, word in (({"encoder_bias": True}, "b_enc"), ({"n_features": 33}, "size mismatch"),
                          ({"unknown": 1}, "unknown"), ({"format": "other"}, "format")):
         (tmp_path / CONFIG).write_text(json.dumps(config | change))

@@ -1,11 +1,6 @@
 """Reward training on two gloo processes on the CPU: DDP with `RewardTrainer`; FSDP 2 by torch's `fully_shard` alone,
 since accelerate keeps it for accelerators."""
 
-import os
-import socket
-import subprocess
-import sys
-
 import torch
 
 from sarmlib.evaluation.scorer import score_ids
@@ -17,23 +12,10 @@ from sarmlib.sarm.training import (
     encode_pairs,
     encoder_hash,
 )
-from tests.helpers import ROOT
+from tests.helpers import two_ranks
 from tests.tiny import tiny_pairs, tiny_sarm, tiny_tokenizer
 
-
-def two_ranks(code: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    env = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
-                        "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    code = f"from tests.test_sarm_distributed import *; {code}"
-    ranks = [subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, text=True, stderr=subprocess.PIPE,
-                              stdout=subprocess.DEVNULL, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
-             for rank in range(2)]
-    for process in ranks:
-        _, errors = process.communicate(timeout=180)
-        assert process.returncode == 0, errors[-3000:]
+IMPORT = "from tests.test_sarm_distributed import *"
 
 
 def whole(file: str, folder: str) -> None:
@@ -56,7 +38,7 @@ def whole(file: str, folder: str) -> None:
 def test_two_processes_train_like_one_and_resume(tmp_path):
     # 40 training pairs, 8 a step: five full batches, 8 on one process or 4 + 4 on two
     whole(str(tmp_path / "one.pt"), str(tmp_path / "one"))
-    two_ranks(f"whole({str(tmp_path / 'two.pt')!r}, {str(tmp_path / 'two')!r})")
+    two_ranks(f"{IMPORT}; whole({str(tmp_path / 'two.pt')!r}, {str(tmp_path / 'two')!r})")
     one, two = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one", "two"))
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-3)
@@ -103,7 +85,7 @@ def train(model, parts) -> None:
 
 def test_shared_out_weights_train_and_score_like_whole_ones(tmp_path):
     file = tmp_path / "state.pt"
-    two_ranks(f"sharded({str(file)!r})")
+    two_ranks(f"{IMPORT}; sharded({str(file)!r})")
     model, parts, before = tiny_sarm(head=0.1), batches(), tiny_sarm(head=0.1).state_dict()
     train(model, [parts[i:i + 2] for i in range(0, 6, 2)])
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])

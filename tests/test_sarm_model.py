@@ -154,7 +154,7 @@ def test_a_missing_weight_and_a_damaged_file_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("change, error, match", [
     ({"layer": 2}, ConfigError, "layer=2 but backbone_config has 3"), ({"k": 99}, ConfigError, "k=99"),
-    ({"k": "4"}, ConfigError, "k='4'"), ({"k": None}, ConfigError, "needs n_features"),
+    ({"k": "4"}, ConfigError, "k='4'"), ({"k": None}, ConfigError, "k=None"),
     ({"relu": "false"}, ConfigError, "relu='false'.*true or false"),
     ({"id2label": {"0": "a", "1": "b"}}, ConfigError, "num_labels=2"),
     ({"n_features": 32}, ModelError, r"mismatched keys.*sae\.W_dec"),

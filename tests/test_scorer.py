@@ -5,27 +5,17 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
-import time
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from filelock import FileLock
 from tokenizers.processors import TemplateProcessing
-from transformers import (
-    AutoModelForSequenceClassification,
-    Gemma2Config,
-    Gemma3TextConfig,
-    GPT2Config,
-    GPTNeoXConfig,
-    MistralConfig,
-    Qwen2Config,
-    Qwen3Config,
-    dynamic_module_utils,
-)
+from transformers import AutoModelForSequenceClassification, dynamic_module_utils
 
 from sarmlib.chat import encode_conversations
-from sarmlib.errors import ArtifactError, ConfigError, DataError, ModelError, OfflineError
+from sarmlib.errors import ArtifactError, ConfigError, DataError, ModelError
 from sarmlib.evaluation import scorer as S
 from sarmlib.evaluation.scorer import answers, can_share, evaluate, pack, prepared, score, score_ids, score_rows
 from sarmlib.extractor import position_rule
@@ -34,17 +24,12 @@ from tests.tiny import VOCAB, conversation, tiny_config, tiny_sarm, tiny_tokeniz
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=VOCAB,
              pad_token_id=0, bos_token_id=2, eos_token_id=5, max_position_embeddings=256)
-GROUPED = dict(**SIZES, num_key_value_heads=2, head_dim=8)
-FAMILIES = {
-    "llama": lambda **_: tiny_config(4),
-    "qwen2": lambda **_: Qwen2Config(**GROUPED),
-    "qwen3": lambda **_: Qwen3Config(**GROUPED),
-    "mistral": lambda window=64: MistralConfig(**GROUPED, sliding_window=window),
-    "gemma2": lambda window=64: Gemma2Config(**GROUPED, sliding_window=window),
-    "gemma3": lambda window=64: Gemma3TextConfig(**GROUPED, sliding_window=window),
-    "gpt_neox": lambda **_: GPTNeoXConfig(**SIZES),
-    "gpt2": lambda **_: GPT2Config(n_embd=32, n_layer=3, n_head=4, vocab_size=VOCAB, pad_token_id=0),
-}
+GROUPED = ("Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text")
+
+
+def config_of(family: str, window: int = 64):
+    extra = dict(num_key_value_heads=2, head_dim=8, sliding_window=window) if family in GROUPED else {}
+    return getattr(transformers, f"{family}Config")(**SIZES, **extra)
 
 
 def bos_tokenizer(**kwargs):
@@ -187,10 +172,10 @@ def forwards(monkeypatch):
     return calls
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Llama", *GROUPED, "GPTNeoX", "GPT2"])
 @pytest.mark.parametrize("kind", ["sarm", "classifier"])
 def test_every_family_gives_the_plain_rewards(family, kind, forwards):
-    model = (tiny_sarm if kind == "sarm" else classifier)(FAMILIES[family]())
+    model = (tiny_sarm if kind == "sarm" else classifier)(config_of(family))
     texts = best_of()
     random.Random(1).shuffle(texts)  # the answers to a prompt need not be neighbours
     assert can_share(model) and [len(row.members) for row in pack(model, texts)] == [4] * 5
@@ -203,11 +188,14 @@ def test_every_family_gives_the_plain_rewards(family, kind, forwards):
                            S._plain(model, doubled, [0, 0], 0)[0])
     close(shared, plain)
     assert np.abs(seen - plain).max() > 1e-4
+    if kind == "classifier":  # transformers reward the last token that is not the pad token
+        model.config.pad_token_id = 5
+        close(score_ids(model, texts, pad_id=5)[0], alone(model, texts))
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("family", ["Mistral", "Gemma2", "Gemma3Text"])
 def test_texts_beyond_a_window_are_scored_plainly(family):
-    model, texts = tiny_sarm(FAMILIES[family](window=8)), best_of()
+    model, texts = tiny_sarm(config_of(family, window=8)), best_of()
     assert len(pack(model, texts)) == len(texts)
     close(score_ids(model, texts)[0], alone(model, texts))
     shared = S._shared(model, texts, [0] * 4, [S.Row([0, 1, 2, 3], 12, sum(map(len, texts[:4])) - 36)])[0]
@@ -339,13 +327,10 @@ def test_a_killed_run_goes_on_and_a_torn_line_is_dropped(tmp_path, tiny, monkeyp
     assert evaluate(tiny, rows, tmp_path / "whole") == whole
 
 
-def test_bad_rows_show_before_anything_is_scored(tmp_path, tiny):
+def test_bad_rows_show_at_once_and_what_does_not_belong_together_never_mixes(tmp_path, tiny):
     with pytest.raises(DataError, match="num_correct"):
         evaluate(tiny, {"rewardbench2": [ties("ref", 1, 2, 0)]}, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_what_does_not_belong_together_never_mixes(tmp_path, tiny):
     evaluate(tiny, {"rewardbench2": rb2(2)}, tmp_path / "out")
     with pytest.raises(ConfigError, match="another text"):
         evaluate(tiny, {"rewardbench2": rb2(2, seed=9)}, tmp_path / "out")
@@ -358,9 +343,8 @@ def test_what_does_not_belong_together_never_mixes(tmp_path, tiny):
 def test_a_missing_subset_is_reported_and_never_averaged_away(tmp_path, tiny):
     found = evaluate(tiny, {"rewardbench2": rb2(3), "rm_bench": rm(3)}, tmp_path)
     first, second = found["benchmarks"]["rewardbench2"], found["benchmarks"]["rm_bench"]
-    assert first["score"] is None and first["interval"] is None and set(first["parts"]) == {"Math"}
-    assert first["missing"] == ["Factuality", "Precise IF", "Safety", "Focus", "Ties"]
-    assert second["score"] is None and second["missing"] == ["safety"] and second["hard_acc"] is None
+    assert first["score"] is first["interval"] is second["score"] is second["hard_acc"] is None
+    assert set(first["parts"]) == {"Math"} and second["missing"] == ["safety"]
     text = "\n".join(S.lines(found))
     assert "no overall score, missing: Factuality" in text and "no overall score, missing: safety" in text
 
@@ -391,14 +375,6 @@ def save(model, tokenizer, folder):
     return folder
 
 
-def test_a_hub_id_offline_fails_soon_with_one_sentence(monkeypatch):
-    monkeypatch.setattr("sarmlib.hub.reachable", lambda: False)
-    start = time.perf_counter()
-    with pytest.raises(OfflineError, match="download it once"):
-        S.load_scorer("nobody/no-such-reward-model")
-    assert time.perf_counter() - start < 10
-
-
 def test_a_saved_sarm_and_the_hubs_cache_layout_are_loaded(tmp_path):
     sarm, cache = tiny_sarm(), tmp_path / "models--owner--tiny"
     save(sarm, tiny_tokenizer(), cache / "snapshots" / "abc")
@@ -415,7 +391,7 @@ def test_a_model_without_a_trained_head_is_refused(tmp_path):
     file = tmp_path / "decoder" / "config.json"
     for change in ({}, {"num_labels": 1, "id2label": {"0": "a"}, "label2id": {"a": 0}}):
         file.write_text(json.dumps(json.loads(file.read_text()) | change))
-        with pytest.raises(ModelError, match="outputs per text|missing keys .*score.weight"):
+        with pytest.raises(ModelError, match="missing keys .*score.weight"):
             S.load_scorer(tmp_path / "decoder")
 
 

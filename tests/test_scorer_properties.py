@@ -109,5 +109,3 @@ def test_rm_bench_sides_and_ties(found):
     one, two = rm_bench.score(found), rm_bench.score([exchanged(row) for row in found])
     for name in rm_bench.DOMAINS:
         assert one[name] + two[name] + equal[name] == pytest.approx(1.0, abs=1e-9)
-    # swapping the sides transposes the matrix: hard and easy change places
-    assert one["total_avg_acc"] + two["total_avg_acc"] == pytest.approx(1 - sum(equal.values()) / 4, abs=1e-9)

@@ -148,9 +148,8 @@ GOOD_TABLE = {"reward": [0.0, 1, 2], "reward_steered": [0.0, 5, 2], "active": [F
 
 @pytest.mark.parametrize("change, message", [
     ({"reward": [0.0, 1]}, "one value per response"), ({"reward": 3.0}, "one value per response"),
-    ({"reward_steered": [0.0, np.nan, 2]}, "NaN"), ({"reward": ["0", "one", "2"]}, "text"),
+    ({"reward_steered": [0.0, np.nan, 2]}, "NaN"), ({"reward": ["0", "one", "2"]}, "are numbers.*one"),
     ({"active": ["false", "true", "false"]}, "active must be true or false"),
-    ({"is_target": ["no", "yes", "no"]}, "is_target must be true or false"),
     ({"is_target": [0, 1, 2]}, "is_target must be true or false"),
     ({"active": [False, None, False]}, "active must be true or false"),
     ({"active": [False, False, False]}, "although the feature is inactive")])

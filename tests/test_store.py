@@ -6,6 +6,7 @@ import errno
 import functools
 import importlib
 import json
+import linecache
 import multiprocessing
 import os
 import signal
@@ -19,8 +20,8 @@ import pytest
 from sarmlib import store as house
 from sarmlib.errors import ArtifactError, NotMadeError
 from sarmlib.store import Store, code_hash, default_root, hash_file, hash_json, hash_tree, imports_of, write_atomic
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 CALLS = []
 
 
@@ -41,18 +42,10 @@ def test_second_call_finds_what_the_first_made(tmp_path):
     assert first.path == again.path == tmp_path / "sae" / first.key
     assert again.file("sub/out.txt").read_text() == "hello" and again.meta == {"loss": 0.5}
     record = again.json("manifest.json")
-    assert record["files"]["sub/out.txt"]["bytes"] == 5 and record["peak_rss_mib"] > 1
-    assert record["versions"]["python"].startswith("3.") and record["stage"] == "sae" and record["key"] == first.key
+    assert record["files"]["sub/out.txt"]["bytes"] == 5 and record["wall_s"] >= 0
+    assert record["versions"]["python"].startswith("3.") and record["key"] == first.key
     with pytest.raises(NotMadeError, match="sae/"):
         Store(tmp_path, read_only=True).get_or_make("sae", {"lr": 1}, {}, make)
-
-
-def test_anything_that_goes_in_changes_the_key(tmp_path):
-    store = Store(tmp_path)
-    base = ("sae", {"lr": 1.0}, {"a": "x"}, make)
-    others = [("sarm", *base[1:]), ("sae", {"lr": 1.0 + 1e-15}, *base[2:]), ("sae", {"lr": 1.0}, {"a": "y"}, make),
-              ("sae", {"lr": 1.0}, {"b": "x"}, make), (*base[:3], stage_failing)]
-    assert len({store.key(*case) for case in (base, *others)}) == 6
 
 
 SOURCES = {
@@ -78,13 +71,13 @@ def test_code_hash_follows_what_the_function_reaches_and_nothing_else(tmp_path, 
     near = ["house_a.far", "house_a.inner.deep", "house_a.near", "house_a.stages", "house_a.unused"]
     assert imports_of("house_a.stages") == near and imports_of("house_a.near") == ["house_a.far", "house_a.near"]
     base = code_hash(stage)
+    keys = [("s", 1.0, {}), ("t", 1.0, {}), ("s", 1.0 + 1e-15, {}), ("s", 1.0, {"a": "x"}), ("s", 1.0, {"b": "x"})]
+    assert len({Store(tmp_path).key(*case, stage) for case in keys}) == 5
 
     def changed(name, old, new):
         write_atomic(tmp_path / name, SOURCES[name].replace(old, new))
         sys.modules.pop("house_a.stages")
         importlib.invalidate_caches()
-        import linecache
-
         linecache.checkcache()
         found = code_hash(importlib.import_module("house_a.stages").stage)
         write_atomic(tmp_path / name, SOURCES[name])
@@ -97,26 +90,18 @@ def test_code_hash_follows_what_the_function_reaches_and_nothing_else(tmp_path, 
     assert not changed("house_a/unused.py", "1", "22") and not changed("house_a/stages.py", "OTHER = 4", "OTHER = 55")
 
 
-@pytest.mark.parametrize("damage", ["change", "resize", "remove", "extra", "manifest"])
-def test_damage_is_reported_and_what_a_read_sees_is_made_again(tmp_path, damage, caplog):
+@pytest.mark.parametrize("damaged, text, seen_by_a_read", [
+    ("sub/out.txt", "jello", False),  # the same length: only a checksum sees it
+    ("sub/out.txt", "hell", True), ("sub/out.txt", None, True), ("stray", "", False), ("manifest.json", "{", True)])
+def test_damage_is_reported_and_what_a_read_sees_is_made_again(tmp_path, damaged, text, seen_by_a_read, caplog):
     CALLS.clear()
     store = Store(tmp_path)
     artifact = store.get_or_make("s", {}, {}, make)
-    name, target = f"s/{artifact.key}", artifact.path / "sub" / "out.txt"
+    name, target = f"s/{artifact.key}", artifact.file(damaged)
     assert store.verify() == {name: []}
-    if damage == "change":
-        target.write_text("jello")  # the same length: only a checksum sees it
-    elif damage == "resize":
-        target.write_text("hell")
-    elif damage == "remove":
-        target.unlink()
-    elif damage == "extra":
-        (artifact.path / "stray").write_text("")
-    else:
-        (artifact.path / "manifest.json").write_text("{")
+    target.unlink() if text is None else target.write_text(text)
     assert store.verify()[name]
     store.get_or_make("s", {}, {}, make)
-    seen_by_a_read = damage in ("resize", "remove", "manifest")
     assert len(CALLS) == 1 + seen_by_a_read and ("damaged" in caplog.text) == seen_by_a_read
     assert (store.verify() == {name: []}) == seen_by_a_read
 

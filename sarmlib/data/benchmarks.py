@@ -3,8 +3,6 @@
 Rows keep every field of the source; what scoring relies on is checked.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

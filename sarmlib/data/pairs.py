@@ -4,24 +4,21 @@ A pair is ``{"id": str, "prompt": messages ending with the user, "chosen": str, 
 message lists (Skywork, UltraFeedback), three texts, Human/Assistant dialogues (HH-RLHF), and RMB's fields.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sarmlib.data.rows import Dropped, Report, Rows, load_rows
 from sarmlib.errors import ConfigError, DataError
 
 WINDOW, OVERLAP = 8, 0.5  # words per window and shared part that make a prompt nearly another (Tulu 3's numbers)
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-_SIDES = ("chosen", "rejected")
+SIDES = ("chosen", "rejected")
 
 
 def load_pairs(source, *, revision: str | None = None) -> Rows:
@@ -34,13 +31,20 @@ def load_pairs(source, *, revision: str | None = None) -> Rows:
 
 
 def _pair(row: dict, number: int, source: str) -> dict:
-    prompt, *answers = _parts(row)
+    prompt = _messages(row.get("prompt", row.get("conversation_input", [])), "prompt")
+    answers = [_answer(row.get("chosen"), prompt), _answer(row.get("rejected", row.get("reject")), prompt)]
+    if not all(answers):
+        raise DataError(f"is not a preference pair (fields: {', '.join(map(str, row))}); needed: chosen and rejected as"
+                        " texts with a prompt, as message lists, as Human/Assistant dialogues, or RMB's fields")
+    (*start, better), (*other, worse) = map(_messages, answers, SIDES)
+    if better["role"] != "assistant" or worse["role"] != "assistant":
+        raise Dropped("dialogue does not end with an answer")
+    if start != other:
+        raise Dropped("dialogues differ before the last answer")
+    prompt = start or prompt  # a prompt beside message lists repeats their start
     if not prompt or prompt[-1]["role"] != "user":
         raise DataError("the prompt does not end with a user turn; put the question there")
-    for side, answer in zip(_SIDES, answers, strict=True):
-        if not isinstance(answer, str):
-            raise DataError(f"the {side} answer is {repr(answer)[:40]}; text is needed")
-    chosen, rejected = answers
+    chosen, rejected = better["content"], worse["content"]
     if chosen.strip() == rejected.strip():
         raise Dropped("chosen equals rejected")
     if not all(text.strip() for text in (chosen, rejected, prompt[-1]["content"])):
@@ -49,10 +53,18 @@ def _pair(row: dict, number: int, source: str) -> dict:
     return {"id": f"{name}:{number}", "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
+def _answer(value, prompt: list[dict]):
+    """One side as messages, by its kind: RMB's fields, an answer to the prompt, a dialogue, or messages already."""
+    if isinstance(value, dict):
+        return _talk([], value.get("answer"))
+    if isinstance(value, str):
+        return _talk([], value) if prompt else _dialogue(value)
+    return value
+
+
 @dataclass(frozen=True)
 class Item:
-    """A row to be scored: its number in the file (from 1), its id if it has one, and its conversations by name:
-    ``response``, or ``response_1``, ``response_2``, ..., or ``chosen`` and ``rejected``."""
+    """A row to be scored; its conversations are named response, or response_1, ..., or chosen and rejected."""
 
     row: int
     id: str | None
@@ -60,7 +72,7 @@ class Item:
 
     @property
     def is_pair(self) -> bool:
-        return set(self.conversations) == set(_SIDES)
+        return set(self.conversations) == set(SIDES)
 
 
 def load_conversations(source) -> Rows:
@@ -75,7 +87,7 @@ def _item(row: dict, number: int, source: str) -> Item:
     from sarmlib.chat import check_conversation  # here, because it imports torch
     answers = row.get("responses") or [row.get("response")]
     if "chosen" in row:
-        talks = dict(zip(_SIDES, conversations(_pair(row, number, source)), strict=True))
+        talks = dict(zip(SIDES, conversations(_pair(row, number, source)), strict=True))
     elif "messages" in row:
         talks = {"response": _messages(row["messages"], "messages")}
     elif "prompt" in row and isinstance(answers, list) and answers != [None]:
@@ -92,20 +104,20 @@ def _item(row: dict, number: int, source: str) -> Item:
 
 def conversations(pair: dict) -> list[list[dict]]:
     """The two conversations of a pair, chosen first."""
-    return [_talk(pair["prompt"], pair[side]) for side in _SIDES]
+    return [_talk(pair["prompt"], pair[side]) for side in SIDES]
 
 
 def drop_contaminated(pairs: Sequence[dict], prompts: Iterable[str]) -> Rows:
     """Pairs none of whose user turns is one of the benchmark ``prompts``, exactly (normalised) or nearly.
 
     A turn t nearly is the prompt p when their 8-word windows overlap by |S(t) & S(p)| >= |S(p)| / 2 (Lambert et al.
-    2024, Tulu 3).  Shorter texts are compared exactly only.  The cost is linear in the training text.
+    2024, Tulu 3).  Shorter texts are compared exactly only.
     """
     windows = {text: _windows(text) for text in map(normalise, prompts)}
-    holders: dict[int, list[str]] = {}
+    holders = defaultdict(list)
     for text, found in windows.items():
         for window in found:
-            holders.setdefault(window, []).append(text)
+            holders[window].append(text)
 
     def verdict(pair: dict) -> str | None:
         for turn in map(normalise, user_turns(pair)):
@@ -120,10 +132,7 @@ def drop_contaminated(pairs: Sequence[dict], prompts: Iterable[str]) -> Rows:
 
 
 def drop_identical(pairs: Sequence[dict], tokenizer, max_length: int, longest: int | None = None) -> Rows:
-    """Pairs whose answers are different tokens, also after cutting to ``max_length``: others teach nothing.
-
-    With ``longest``, pairs with a conversation of more tokens are left out too.
-    """
+    """Pairs whose answers differ within ``max_length`` tokens, and with no conversation of more than ``longest``."""
     from sarmlib.chat import encode_conversations, truncate_left
 
     def verdict(pair: dict) -> str | None:
@@ -139,8 +148,7 @@ def drop_identical(pairs: Sequence[dict], tokenizer, max_length: int, longest: i
 def split_by_prompt(pairs: Iterable[dict], fraction: float = 0.1, seed: int = 0) -> tuple[list[dict], list[dict]]:
     """(training, held-out) pairs; about ``fraction`` of the prompts are held out, none is on both sides.
 
-    The side is a hash of seed and the first user turn (normalised): no matter the order or number of pairs, and two
-    dialogues which grow from one opening stay together.
+    The side is a hash of seed and the first user turn (normalised), whatever the order or number of pairs.
     """
     if not 0 < fraction < 1:
         raise ConfigError(f"fraction is {fraction!r}; use a number between 0 and 1, such as 0.1")
@@ -167,13 +175,10 @@ def user_turns(pair: dict) -> list[str]:
 
 def _without(pairs: Sequence[dict], verdict: Callable[[dict], str | None]) -> Rows:
     """Pairs without a verdict; the report goes on from that of ``pairs``."""
-    report, kept = deepcopy(getattr(pairs, "report", Report(len(pairs)))), []
-    for pair in pairs:
-        if reason := verdict(pair):
-            report.drop(reason)
-        else:
-            kept.append(pair)
-    return Rows(kept, report)
+    report, reasons = deepcopy(getattr(pairs, "report", Report(len(pairs)))), [verdict(pair) for pair in pairs]
+    for reason in filter(None, reasons):
+        report.drop(reason)
+    return Rows([pair for pair, reason in zip(pairs, reasons, strict=True) if not reason], report)
 
 
 def _windows(text: str) -> set[int]:
@@ -181,44 +186,21 @@ def _windows(text: str) -> set[int]:
     return {hash(tuple(words[i:i + WINDOW])) for i in range(len(words) - WINDOW + 1)}
 
 
-def _parts(row: dict) -> tuple[list[dict], Any, Any]:
-    """(prompt, chosen answer, rejected answer) of a row in any understood format, told apart by content."""
-    chosen, rejected = row.get("chosen"), row.get("rejected", row.get("reject"))
-    prompt = _messages(row.get("prompt", row.get("conversation_input", [])), "prompt")
-    if isinstance(chosen, dict) and isinstance(rejected, dict):  # RMB
-        return prompt, chosen.get("answer"), rejected.get("answer")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt:
-            return prompt, chosen, rejected
-        chosen, rejected = _dialogue(chosen), _dialogue(rejected)
-    if not chosen or not rejected:
-        raise DataError(f"is not a preference pair (fields: {', '.join(map(str, row))}); needed: chosen and rejected as"
-                        " texts with a prompt, as message lists, as Human/Assistant dialogues, or RMB's fields")
-    *start, better = _messages(chosen, "chosen")
-    *other, worse = _messages(rejected, "rejected")
-    if better["role"] != "assistant" or worse["role"] != "assistant":
-        raise Dropped("dialogue does not end with an answer")
-    if start != other:
-        raise Dropped("dialogues differ before the last answer")
-    return start or prompt, better["content"], worse["content"]  # a prompt beside message lists repeats their start
-
-
 def _talk(prompt: list[dict], answer: str) -> list[dict]:
     return [*prompt, {"role": "assistant", "content": answer}]
 
 
-def _messages(value: object, name: str) -> list[dict]:
+def _messages(value, name: str) -> list[dict]:
     """[{role, content}] from a chat list, or from one question as text."""
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
-    if not isinstance(value, (list, tuple)):
-        raise DataError(f"field {name!r} is {repr(value)[:60]}; a text or a list of messages is needed")
-    for i, item in enumerate(value):
-        fields = item if isinstance(item, dict) else {}
-        if fields.get("role") not in ("system", "user", "assistant") or not isinstance(fields.get("content"), str):
-            raise DataError(f"field {name!r}, turn {i} is {repr(item)[:80]}; role system, user or assistant and text "
+    turns = value if isinstance(value, (list, tuple)) else [value]
+    for i, turn in enumerate(turns):
+        known = isinstance(turn, dict) and turn.get("role") in ("system", "user", "assistant")
+        if not known or not isinstance(turn.get("content"), str):
+            raise DataError(f"field {name!r}, turn {i} is {repr(turn)[:80]}; role system, user or assistant and text "
                             "content are needed")
-    return [{"role": item["role"], "content": item["content"]} for item in value]
+    return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
 
 
 def _dialogue(text: str) -> list[dict]:

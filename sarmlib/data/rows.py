@@ -1,7 +1,5 @@
 """Rows of files, hub data sets and lists, checked one by one; a report counts what was read, kept and left out."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import zlib
@@ -16,7 +14,7 @@ from sarmlib.hub import check_access
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 _NOT_DATA = (".", "readme", "license", "licence", "copying", "sources", "notice", "requirements")
 # what gzip, the decoders, JSON and the Parquet reader raise about a damaged file
-_DAMAGED = (OSError, EOFError, ValueError, zlib.error, NotImplementedError, LookupError, RecursionError)
+_DAMAGED = (OSError, EOFError, ValueError, TypeError, zlib.error, NotImplementedError, LookupError, RecursionError)
 
 
 @dataclass
@@ -49,10 +47,7 @@ class Dropped(Exception):
 
 
 def load_rows(source, check: Callable, *, revision: str | None = None, split: str = "train") -> Rows:
-    """``check(row, number, name)`` of every row of a file, a folder, "hub:<owner>/<name>" or an iterable of dicts.
-
-    It returns what to keep, or raises `Dropped` or DataError, to which file and row (from 1) are added.
-    """
+    """What `checked` keeps of the rows of a file, a folder, "hub:<owner>/<name>" or an iterable of dicts."""
     tables: Iterable[tuple[str, Iterable]] = [("rows", source)]
     if isinstance(source, str) and source.startswith("hub:"):
         tables = [(source[4:], hub_rows(source[4:], revision, split))]
@@ -60,31 +55,52 @@ def load_rows(source, check: Callable, *, revision: str | None = None, split: st
         tables = ((str(path), iter_rows(path)) for path in data_files(source))
     report, kept = Report(), []
     for name, rows in tables:
-        for number, row in enumerate(rows, start=1):
-            report.read += 1
-            try:
-                kept.append(check(_fields(row), number, name))
-            except Dropped as reason:
-                report.drop(str(reason))
-            except DataError as error:
-                raise DataError(f"{name}, row {number}: {error}") from None
+        kept += checked(rows, name, check, report)
     if not kept:
         raise DataError(f"{name} has no usable row: {'; '.join(report.lines())}")
     return Rows(kept, report)
 
 
+def checked(rows: Iterable, name: str, check: Callable, report: Report) -> Iterator:
+    """``check(row, number, name)`` of each row, without the empty fields that a table fills in.
+
+    It returns what to keep, or raises `Dropped` or DataError, to which file and row (from 1) are added.
+    """
+    for number, row in enumerate(rows, start=1):
+        report.read += 1
+        try:
+            if not isinstance(row, dict):
+                raise DataError(f"is a {type(row).__name__}; an object with named fields is needed")
+            json.dumps(row, ensure_ascii=False, default=str).encode()
+            yield check({field: value for field, value in row.items() if value is not None}, number, name)
+        except Dropped as reason:
+            report.drop(str(reason))
+        except UnicodeEncodeError:  # no tokenizer takes it and no file can hold it
+            raise DataError(f"{name}, row {number}: holds a lone surrogate, half of a character as left by cutting "
+                            "UTF-16 text; write the whole character") from None
+        except DataError as error:
+            raise DataError(f"{name}, row {number}: {error}") from None
+
+
 def iter_rows(path: Path) -> Iterator[object]:
     """Rows of a .jsonl, .json (a list) or .parquet file in order; all but a list are streamed."""
+    number = 1
     try:
-        if kind_of(path) == ".parquet":
-            import datasets
-            yield from datasets.load_dataset("parquet", data_files=escape(str(path)), split="train", streaming=True)
-        else:
-            yield from _json_rows(path)
-    except DataError:
-        raise
+        for row in _read(path):
+            yield row
+            number += 1
     except _DAMAGED as error:
-        raise DataError(f"{path} is damaged or not UTF-8 ({error}); fetch it again, or save it as UTF-8") from None
+        raise DataError(f"{path}, row {number}: is damaged, not JSON or not UTF-8 ({error}); fetch it again, or "
+                        "save it as UTF-8") from None
+
+
+def _read(path: Path) -> Iterator[object]:
+    if kind_of(path) == ".parquet":
+        import datasets
+        yield from datasets.load_dataset("parquet", data_files=escape(str(path)), split="train", streaming=True)
+        return
+    with open_text(path) as handle:  # parsed here, since a reader of tables makes dates of texts such as "2026-01-01"
+        yield from json.load(handle) if kind_of(path) == ".json" else map(json.loads, filter(str.strip, handle))
 
 
 def hub_rows(repo: str, revision: str | None, split: str = "train", *, streaming: bool = False):
@@ -122,33 +138,3 @@ def kind_of(path: Path) -> str:
 def open_text(path: Path, encoding: str = "utf-8-sig"):
     """Text handle of a plain or gzipped file."""
     return gzip.open(path, "rt", encoding=encoding) if path.suffix == ".gz" else path.open(encoding=encoding)
-
-
-def check_text(value: object) -> None:
-    """DataError if a text holds half of a surrogate pair, which no tokenizer takes and no file can hold."""
-    try:
-        json.dumps(value, ensure_ascii=False, default=str).encode()
-    except UnicodeEncodeError:
-        raise DataError("holds a lone surrogate, half of a character as left by cutting UTF-16 text; write the whole "
-                        "character") from None
-
-
-def _fields(row: object) -> dict:
-    """The row without its empty fields (a table fills in None where a row has no such field)."""
-    if not isinstance(row, dict):
-        raise DataError(f"is a {type(row).__name__}; an object with named fields is needed")
-    check_text(row)
-    return {name: value for name, value in row.items() if value is not None}
-
-
-def _json_rows(path: Path) -> Iterator[object]:
-    """Parsed here: a reader of tables makes dates of texts such as "2026-01-01" and cannot name a damaged line."""
-    with open_text(path) as handle:
-        if kind_of(path) == ".json":
-            yield from json.load(handle)
-            return
-        for number, line in enumerate(filter(str.strip, handle), start=1):
-            try:
-                yield json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}, row {number}: is not JSON: {error}; it starts {line[:40]!r}") from None

@@ -4,8 +4,6 @@ A document is a row's ``text``, an article of a WikiText file, or a whole text f
 characters is cut at the next blank line, so that memory stays bounded.
 """
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Iterable, Iterator
@@ -16,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from sarmlib.data.rows import ROW_SUFFIXES, check_text, data_files, hub_rows, iter_rows, kind_of, open_text
+from sarmlib.data.rows import ROW_SUFFIXES, Report, checked, data_files, hub_rows, iter_rows, kind_of, open_text
 from sarmlib.errors import DataError
 
 MAX_CHARS, BUFFER, OPEN_FILES = 100_000, 1000, 64
@@ -31,16 +29,17 @@ def iter_texts(source: str | Path, *, revision: str | None = None, seed: int | N
     """
     name = str(source)
     if name.startswith("hub:"):
-        streams = [_documents(hub_rows(name[4:], revision, streaming=True), name[4:])]
+        streams = [checked(hub_rows(name[4:], revision, streaming=True), name[4:], _text, Report())]
     else:  # absent files are refused here, not after hours
-        streams = [_text_file(path) if kind_of(path) == ".txt" else _documents(iter_rows(path), str(path))
+        streams = [_text_file(path) if kind_of(path) == ".txt" else checked(iter_rows(path), str(path), _text, Report())
                    for path in data_files(source, (".txt", *ROW_SUFFIXES))]
     texts = _balanced(iter(streams), name)
     return texts if seed is None else _shuffled(texts, seed)
 
 
-def detokenise_wikitext(text: str) -> str:
-    """WikiText's spaced tokens as running text; "[unk]", since "<unk>" is an unknown token to many tokenizers."""
+def _running_text(line: str) -> str:
+    """A line of WikiText's spaced tokens; "[unk]", since "<unk>" is an unknown token to many tokenizers."""
+    text = re.sub(r"^( =)+ (.*?)( =)+ $", r"\2", line.rstrip("\n"))
     text = re.sub(r" @([-,.])@ ", r"\1", text).replace("<unk>", "[unk]")
     text = re.sub(r'(^|[\s(\[])"\s+(.*?)\s+"(?=[\s.,;:!?)\]]|$)', r'\1"\2"', text)  # paired quotes hug their text
     text = re.sub(r"\s+(n't|'(?:s|re|ve|ll|d|m)\b|[.,;:!?%)\]])", r"\1", text)
@@ -48,16 +47,10 @@ def detokenise_wikitext(text: str) -> str:
     return re.sub(r"[ \t]+", " ", text).strip()
 
 
-def _documents(rows: Iterable, name: str) -> Iterator[str]:
-    for number, row in enumerate(rows, start=1):
-        text = row.get("text") if isinstance(row, dict) else None
-        try:
-            if not isinstance(text, str):
-                raise DataError(f"no text in field 'text' of {repr(row)[:60]}; rename the column")
-            check_text(text)
-        except DataError as error:
-            raise DataError(f"{name}, row {number}: {error}") from None
-        yield text if text.strip() else ""
+def _text(row: dict, number: int, name: str) -> str:
+    if not isinstance(row.get("text"), str):
+        raise DataError(f"no text in field 'text' of {repr(row)[:60]}; rename the column")
+    return row["text"] if row["text"].strip() else ""
 
 
 def _text_file(path: Path) -> Iterator[str]:
@@ -70,8 +63,7 @@ def _text_file(path: Path) -> Iterator[str]:
             handle.seek(0)
             for lines in _parts(iter(lambda: handle.readline(MAX_CHARS), ""), wiki):
                 if wiki:
-                    lines = [detokenise_wikitext(re.sub(r"^( =)+ (.*?)( =)+ $", r"\2", line.rstrip("\n"))) + "\n"
-                             for line in lines if line.strip()]
+                    lines = [f"{_running_text(line)}\n" for line in lines if line.strip()]
                 yield "".join(lines).strip()
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is damaged ({error}); fetch it again") from None

@@ -1,13 +1,10 @@
 """Chat models as judges of both benchmarks, by the rules of allenai/reward-bench ``run_generative_v2.py``.
 
 RewardBench 2, best of four: one request shows all four answers, the chosen one at a random place (drawn from
-``seed`` and the row); the verdict is the first of [[A]], [[B]], [[C]], [[D]] that the reply contains, in this
-order.  Right is 1, wrong 0, a reply without a verdict 1/4.  Ties rows, rows without four answers, and RM-Bench
-(whose rule counts an equal rating as a loss): one request per answer, a rating from 1 to 10 as the last word of
-the reply; a reply without one counts as -1.
-
-The instructions are our own, so scores are comparable with the leaderboard's only in kind.  ``endpoint`` is any
-object with ``ask(message lists) -> texts`` (None for a request that failed), such as a `ChatEndpoint`.
+``seed`` and the row); the verdict is the first of [[A]], [[B]], [[C]], [[D]], in this order, that the reply
+contains; none is worth 1/4.  Ties rows, rows without four answers, and RM-Bench (whose rule counts an equal
+rating as a loss): one request per answer, a rating from 1 to 10 as the last word; none is -1.  The instructions
+are our own, so scores are comparable with the leaderboard's only in kind.
 """
 
 from __future__ import annotations
@@ -79,8 +76,11 @@ def parse_rating(reply: str | None) -> int | None:
 
 
 def judge(endpoint, name: str, rows: Sequence[dict], seed: int = 0) -> dict:
-    """Benchmark ``name`` by a chat model: its `summary`, ``failures`` (replies without a verdict or a rating),
-    ``asked``, ``places`` (how often the chosen answer stood at A to D) and ``prompts`` (their hash)."""
+    """Benchmark ``name`` by a chat model, ``endpoint.ask(message lists) -> texts`` (None: failed).
+
+    Its `summary`, ``failures`` (replies without a verdict or a rating), ``asked``, ``places`` (how often the
+    chosen answer stood at A to D) and ``prompts`` (their hash).
+    """
     asked = requests(name, rows, seed)
     replies = endpoint.ask([one.messages for one in asked])
     scores, failures = [[0.0] * len(answers(row)) for row in rows], {"verdicts": 0, "ratings": 0}

@@ -7,12 +7,13 @@ and ``tied:<n>`` (several).  With spread d = max - min of the correct and gap g 
     Ties = 0.30 mean(g_tied > 0) + 0.30 mean(g_ref > 0) + 0.20 mean(g_tied > d)
            + 0.20 mean(min(g_ref, g_tied) > d) + 0.01 mean(tanh(min(g_ref, g_tied) / d - 1))
 
-All comparisons are strict and exact.  The overall score is the unweighted mean of the six subsets and exists
-only when exactly these six are present.  A NaN score is refused (official: a loss, or a crash).
+All comparisons are strict and exact.  The overall score is the mean of exactly the six subsets.  A NaN score is
+refused (official: a loss, or a crash).
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,33 +29,29 @@ TIES_WEIGHTS = {"tied_accuracy": 0.30, "ref_accuracy": 0.30, "correctness_prefer
 def score(rows: Sequence[dict]) -> dict:
     """Scores of a scored data set (rows with ``scores``, the chosen completions first).
 
-    Returns ``subsets`` {name: score}, ``overall`` (None unless exactly the six subsets are present),
-    ``mean_of_present_subsets``, ``missing_subsets`` and ``n_rows`` {name: count}, ``ties_components`` (None without
-    Ties) and ``per_row_results`` (best-of-N credit per row, None for Ties rows).  Without any ref/tied pair the
-    official Ties score, and every mean over it, is NaN.  Raises DataError for rows that cannot be scored.
+    ``overall`` is None unless exactly the six subsets are present; ``per_row_results`` are best-of-N credits, None
+    for Ties rows.  Without any ref/tied pair the official Ties score, and every mean over it, is NaN.  Raises
+    DataError for rows that cannot be scored.
     """
     if not len(rows):
         raise DataError("no rows to score: pass the scored RewardBench 2 rows (each with 'scores')")
-    scores = [_row_scores(row, i) for i, row in enumerate(rows)]
-    per_row = [None if is_ties(row) else row_credit(s) for row, s in zip(rows, scores, strict=True)]
-    members: dict[str, list[int]] = {}
-    for i, row in enumerate(rows):
-        members.setdefault(row["subset"], []).append(i)
-    subsets, components = {}, None
-    for name, index in members.items():
-        if name.lower() == "ties":
-            subsets[name], components = _ties([rows[i] for i in index], [scores[i] for i in index])
+    rows = [_checked(row, i) for i, row in enumerate(rows)]
+    subsets, components, n_rows = {}, None, Counter(row["subset"] for row in rows)
+    for name in n_rows:
+        part = [row for row in rows if row["subset"] == name]
+        if is_ties(part[0]):
+            subsets[name], components = _ties(part)
         else:
-            subsets[name] = float(np.mean([per_row[i] for i in index]))
+            subsets[name] = float(np.mean([row_credit(row["scores"]) for row in part]))
     mean = float(np.mean(list(subsets.values())))
     return {
         "subsets": subsets,
         "overall": mean if set(subsets) == set(SUBSETS) else None,
         "mean_of_present_subsets": mean,
         "missing_subsets": [name for name in SUBSETS if name not in subsets],
-        "n_rows": {name: len(index) for name, index in members.items()},
+        "n_rows": dict(n_rows),
         "ties_components": components,
-        "per_row_results": per_row,
+        "per_row_results": [None if is_ties(row) else row_credit(row["scores"]) for row in rows],
     }
 
 
@@ -78,47 +75,44 @@ def decision(row: dict) -> tuple[float, float]:
 def units(rows: Sequence[dict]) -> list[tuple[str, str, float]]:
     """(subset, unit, value): each subset score is the plain mean of its values, which a bootstrap resamples.
 
-    A unit is one prompt; in Ties it is one ref/tied pair, whose value is the weighted sum of its five terms.
-    A Ties prompt without its partner has no such value and is left out.
+    A unit is one prompt; in Ties it is one ref/tied pair (a prompt without its partner is left out).
     """
-    found = [(row["subset"], f"{row['subset']}/{row['id']}", row_credit(_row_scores(row, i)))
-             for i, row in enumerate(rows) if not is_ties(row)]
-    pairs: dict[str, dict[str, dict]] = {}
-    for row in filter(is_ties, rows):
-        kind, _, number = str(row["id"]).partition(":")
-        pairs.setdefault(number, {})[kind] = row
+    found, pairs = [], {}
+    for row in (_checked(row, i) for i, row in enumerate(rows)):
+        if is_ties(row):
+            kind, _, number = row["id"].partition(":")
+            pairs.setdefault(number, {})[kind] = row
+        else:
+            found.append((row["subset"], f"{row['subset']}/{row['id']}", row_credit(row["scores"])))
     for number, pair in pairs.items():
         if len(pair) == 2:
-            both, name = list(pair.values()), pair["ref"]["subset"]
-            found.append((name, f"{name}/{number}", _ties(both, [_row_scores(row, 0) for row in both])[0]))
+            name = pair["ref"]["subset"]
+            found.append((name, f"{name}/{number}", _ties(list(pair.values()))[0]))
     return found
 
 
-def _row_scores(row: dict, i: int) -> list[float]:
-    """The scores of one row as floats, checked; the official pipeline emits them as one-element lists."""
-    where = f"row {i} (id {row.get('id')!r})"
-    if missing := [name for name in ("id", "subset", "scores") if row.get(name) is None]:
-        raise DataError(f"{where} lacks {missing[0]!r}; a scored row needs id, subset, num_correct, scores")
+def _checked(row: dict, i: int) -> dict:
+    """The row with flat float scores; the official pipeline emits them as one-element lists."""
     try:
-        scores = np.asarray(row["scores"], dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{where}: scores must be numbers, one per completion: {error}") from None
-    scores = scores[:, 0] if scores.ndim == 2 and scores.shape[1] == 1 else scores
-    if scores.ndim != 1 or not scores.size or np.isnan(scores).any():
-        raise DataError(f"{where}: scores must be a flat, non-empty list without NaN, got {scores.tolist()}; where "
-                        "the model failed, score again in float32 or bfloat16")
-    return scores.tolist()
+        scores = np.asarray(row["scores"], np.float64).reshape(len(row["scores"]))
+        good = len(scores) and not np.isnan(scores).any() and {"id", "subset"} <= row.keys()
+    except (LookupError, TypeError, ValueError):
+        good = False
+    if not good:
+        raise DataError(f"row {i} (id {row.get('id')!r}) needs id, subset and scores, a flat, non-empty list of "
+                        f"numbers without NaN, one per completion, got {row.get('scores')!r}; where the model "
+                        "failed, score again in float32 or bfloat16")
+    return {**row, "id": str(row["id"]), "scores": scores.tolist()}
 
 
-def _ties(rows: Sequence[dict], scores: Sequence[list[float]]) -> tuple[float, dict]:
-    """Ties score and its five components over the given rows."""
+def _ties(rows: Sequence[dict]) -> tuple[float, dict]:
+    """Ties score and its five components over checked rows."""
     ref: dict[str, tuple[list, list]] = {}
     tied: dict[str, tuple[list, list]] = {}
-    for row, values in zip(rows, scores, strict=True):
-        kind, _, number = str(row["id"]).partition(":")
+    for row in rows:
+        (kind, _, number), n, values = row["id"].partition(":"), row.get("num_correct"), row["scores"]
         if kind not in ("ref", "tied") or not number.isdecimal():
             raise DataError(f"Ties id {row['id']!r} must be 'ref:<int>' or 'tied:<int>', as in the data set")
-        n = row.get("num_correct")
         if not isinstance(n, (int, np.integer)) or not 0 < n < len(values):
             raise DataError(f"Ties row {row['id']!r}: num_correct is {n!r}; it must lie in 1..{len(values) - 1}: "
                             "at least one correct and one incorrect completion")

@@ -33,23 +33,19 @@ class Interval(NamedTuple):
 def bootstrap_ci(values, *, strata: Sequence | None = None, n: int = 10_000) -> Interval:
     """95 % bootstrap interval (BCa, ``n`` resamples, fixed seed) of the mean of one value per prompt.
 
-    ``strata`` [N] labels: then of the unweighted mean of the stratum means (the benchmarks' totals);
-    resampling keeps to a stratum.  Percentiles where BCa is undefined (all values equal), as ``method`` says.
-    Raises DataError on NaN and on a stratum of one value.
+    ``strata`` [N] labels: then of the unweighted mean of the stratum means (the benchmarks' totals).  Percentiles
+    where BCa is undefined (all values equal).  Raises DataError on NaN and on a stratum of one value.
     """
     x = _finite(values, "values")
-    strata = pd.factorize(np.asarray([0] * len(x) if strata is None else strata))[0]
-    data = [x[strata == s] for s in range(strata.max() + 1)]
-    if (fewest := min(map(len, data))) < 2:
-        raise DataError(f"a bootstrap needs at least two prompts per stratum, got {fewest}")
+    index, counts = _strata(strata, len(x))
+    data = [x[index == s] for s in range(len(counts))]
 
     def statistic(*parts, axis=-1):
         return np.mean([part.mean(axis) for part in parts], 0)
 
-    with warnings.catch_warnings():  # scipy warns where BCa is undefined; the fallback below handles it
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(action="ignore"):  # where BCa is undefined; the fallback below handles it
         result = stats.bootstrap(data, statistic, n_resamples=n, vectorized=True, rng=np.random.default_rng(0),
-                                 batch=max(1, 4_000_000 // max(map(len, data))))
+                                 batch=max(1, 4_000_000 // counts.max()))
     (low, high), method = result.confidence_interval, "BCa"
     if not np.isfinite(low + high):
         (low, high), method = np.quantile(result.bootstrap_distribution, [0.025, 0.975]), "percentile"
@@ -58,9 +54,7 @@ def bootstrap_ci(values, *, strata: Sequence | None = None, n: int = 10_000) -> 
 
 def seeds_ci(values) -> Interval:
     """95 % Student t interval of the mean over training seeds: mean +- t_{S-1} sd / sqrt(S), S at least 2."""
-    x = _finite(values, "values per seed")
-    if len(x) < 2:
-        raise DataError(f"an interval over seeds needs at least two seeds, got {len(x)}")
+    x = _finite(values, "values per seed", least=2)
     half, mean = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)), x.mean()
     return Interval(float(mean), float(mean - half), float(mean + half), 0.95, "t over seeds", len(x))
 
@@ -71,18 +65,15 @@ def seeds_and_prompts_ci(matrix, *, strata: Sequence | None = None) -> Interval:
     V = V_seeds + V_prompts - V_residual, the last because both margins contain it; t quantile
     with Satterthwaite's degrees of freedom.  ``strata`` [prompts] as in `bootstrap_ci`.
     """
-    m = _finite(matrix, "matrix", ndim=2)
+    m = _finite(matrix, "matrix of seeds and prompts", ndim=2, least=2)
     n_seeds, n_prompts = m.shape
-    strata = pd.factorize(np.asarray([0] * n_prompts if strata is None else strata))[0]
-    counts = np.bincount(strata)
-    if n_seeds < 2 or counts.min() < 2:
-        raise DataError(f"needs at least 2 seeds and 2 prompts per stratum, got {n_seeds} and {counts.min()}")
-    weight = 1.0 / (len(counts) * counts[strata])  # estimate = sum over prompts of weight * mean over seeds
+    index, counts = _strata(strata, n_prompts)
+    weight = 1.0 / (len(counts) * counts[index])  # estimate = sum over prompts of weight * mean over seeds
     per_seed = m @ weight
     v_seed = per_seed.var(ddof=1) / n_seeds
     v_prompt = v_residual = 0.0
     for s, count in enumerate(counts):
-        block = m[:, strata == s]
+        block = m[:, index == s]
         effect = block.mean(0)
         residual = block - effect - block.mean(1, keepdims=True) + block.mean()
         v_prompt += effect.var(ddof=1) / count / len(counts) ** 2
@@ -128,9 +119,8 @@ def aurocs(score: np.ndarray, positive: np.ndarray, negative: np.ndarray) -> np.
 
 
 def verdict(ci, threshold: float = 0.0, direction: str = ">") -> str:
-    """"holds" if the whole interval lies on the claimed side of the threshold, "does not hold here" if none of
-    it does (touching it is on no side), else "undecided".  ``ci``: an `Interval` or (low, high).
-    """
+    """Whether all of ``ci``, an `Interval` or (low, high), lies on the claimed side of the threshold ("holds"), none
+    of it ("does not hold here"; touching it is on no side), or a part ("undecided")."""
     low, high = (ci.low, ci.high) if isinstance(ci, Interval) else ci
     if np.isnan([low, high, threshold]).any() or low > high:
         raise DataError(f"cannot judge the interval ({low}, {high}) against {threshold}: NaN or reversed")
@@ -139,10 +129,19 @@ def verdict(ci, threshold: float = 0.0, direction: str = ">") -> str:
     return HOLDS if low > threshold else NOT_HERE if high <= threshold else UNDECIDED
 
 
-def _finite(values, what: str, ndim: int = 1, infinite: bool = False) -> np.ndarray:
+def _strata(labels: Sequence | None, n: int) -> tuple[np.ndarray, np.ndarray]:
+    """(number of each value's stratum [n], values per stratum); DataError when one has a single value."""
+    index = pd.factorize(np.zeros(n) if labels is None else np.asarray(labels))[0]
+    counts = np.bincount(index)
+    if counts.min() < 2:
+        raise DataError(f"an interval needs at least two prompts per stratum, got {counts.min()}")
+    return index, counts
+
+
+def _finite(values, what: str, ndim: int = 1, least: int = 1, infinite: bool = False) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
-    if x.ndim != ndim or not x.size:
-        raise DataError(f"{what} must be a non-empty {ndim}-D array, got shape {x.shape}")
+    if x.ndim != ndim or min(x.shape) < least:
+        raise DataError(f"{what} must be a {ndim}-D array of at least {least}, got shape {x.shape}")
     if np.isnan(x).any() or not (infinite or np.isfinite(x).all()):
         raise DataError(f"{what} contain NaN or infinity; remove the failed items and say how many")
     return x

@@ -25,19 +25,15 @@ def prompt_split(index: pd.DataFrame, fractions: dict[str, float] = SPLITS, seed
     """
     ids = index["prompt_id"].astype(str)
     key = _joined(ids, index["prompt_text"].map(_fingerprint)) if "prompt_text" in index else ids
-    place = key.map({k: _uniform(f"{seed}|{k}") for k in set(key)}).to_numpy()
+    digests = {k: hashlib.sha256(f"{seed}|{k}".encode("utf-8", "surrogatepass")).hexdigest() for k in set(key)}
+    place = key.map({k: int(digest[:13], 16) / 16**13 for k, digest in digests.items()}).to_numpy()
     edges = np.cumsum(list(fractions.values()))[:-1]
     return np.array(list(fractions))[np.searchsorted(edges, place, "right")]
 
 
-def _uniform(text: str) -> float:
-    digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-    return int(digest[:13], 16) / 16**13
-
-
-def _fingerprint(text) -> str:
+def _fingerprint(text: str) -> str:
     """A prompt without case, spacing and punctuation (digits stay: 2+2 is not 3+5)."""
-    return " ".join(re.findall(r"\w+", str(text).lower())) or f"raw:{text}"
+    return " ".join(re.findall(r"\w+", text.lower())) or f"raw:{text}"
 
 
 def _joined(ids: pd.Series, prints: pd.Series) -> pd.Series:
@@ -86,9 +82,8 @@ class Contexts:
                              "contribution_mean": self.w * mean, "contribution_sd": np.abs(self.w) * sd})
 
     def _preference(self, z: sparse.csr_array, square: np.ndarray) -> np.ndarray:
-        n = len(self.index)
+        n, size = len(self.index), np.bincount(self.prompt)
         member = sparse.csr_array((np.ones(n), (self.prompt, np.arange(n))))
-        size = member.sum(axis=1)
         chosen = (self.index["label"] == "chosen").to_numpy(float)
         centred = chosen - (member @ chosen / size)[self.prompt]
         between = sparse.diags_array(1 / size).dot((member @ z).power(2)).sum(axis=0)
@@ -98,6 +93,10 @@ class Contexts:
         product = z.T @ (centred - centred.mean())
         return np.divide(product, spread, out=np.full(len(spread), np.nan), where=spread > 0)
 
+    @cached_property
+    def _fires(self) -> sparse.csc_array:
+        return (self._columns[self.rows("explain")] != 0).astype(np.float32)
+
     def neighbours(self, feature: int, n: int = 5) -> pd.DataFrame:
         """The ``n`` features that fire most with this one on the explain split.
 
@@ -105,22 +104,15 @@ class Contexts:
         """
         fires, count = self._fires, self._fires.sum(axis=0)
         both = fires.T @ fires[:, [feature]].toarray().ravel()
-        jaccard = np.where(both > 0, both / np.maximum(count + count[feature] - both, 1), 0)
+        jaccard = both / np.maximum(count + count[feature] - both, 1)
         jaccard[feature] = 0
         best = np.argsort(-jaccard, kind="stable")[:n]
         best = best[jaccard[best] > 0]
         return pd.DataFrame({"feature": best, "jaccard": jaccard[best]})
 
-    @cached_property
-    def _fires(self) -> sparse.csc_array:
-        return (self._columns[self.rows("explain")] != 0).astype(np.float32)
-
     def examples(self, feature: int, per_decile: int = 2, split: str | None = None,
                  seed: int = 0) -> pd.DataFrame:
-        """Index rows of some units of each activation decile (10 = strongest), with row, decile and z.
-
-        The draw depends on seed and feature alone.
-        """
+        """row, decile (10 = strongest), z and index row of a few units of each decile, drawn by seed and feature."""
         z = self.activation(feature)
         frame = _deciles(z if split is None else z * (self.split == split), per_decile, [seed, feature])
         shown = self.index.iloc[frame["row"]].reset_index(drop=True)
@@ -141,9 +133,8 @@ def sentence_contexts(model, tokenizer, conversations: Sequence, features: Seque
     """The paper's view: sentences of the last turn at whose end a feature fires; the reward reads one end."""
     from sarmlib.chat import encode_conversations, fit_length, truncate_left
     from sarmlib.evaluation.scorer import MAX_LENGTH, codes_at
-    whole = encode_conversations(tokenizer, conversations)
     silent = [[*talk[:-1], {**talk[-1], "content": ""}] for talk in conversations]
-    empty = encode_conversations(tokenizer, silent)
+    whole, empty = (encode_conversations(tokenizer, talks) for talks in (conversations, silent))
     ids = truncate_left(tokenizer, whole, fit_length(model, MAX_LENGTH))
     starts = np.array([max(0, len(commonprefix([a, b])) - len(a) + len(kept))
                        for a, b, kept in zip(whole, empty, ids, strict=True)])
@@ -161,7 +152,6 @@ def sentence_contexts(model, tokenizer, conversations: Sequence, features: Seque
 
 def _sentence_begins(owner: np.ndarray, end: np.ndarray) -> np.ndarray:
     """First token of each sentence; an end of turn right after a full stop belongs to the one before it."""
-    same = np.r_[False, owner[1:] == owner[:-1]]
-    previous = np.where(same, np.roll(end, 1), -1)
-    earlier = np.where(same, np.roll(previous, 1), -1)
+    ends = pd.Series(end).groupby(owner)
+    previous, earlier = (ends.shift(n, fill_value=-1).to_numpy() for n in (1, 2))
     return np.where(previous == end - 1, earlier, previous) + 1

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from itertools import pairwise
 
 import numpy as np
 from scipy import sparse
@@ -92,16 +92,15 @@ class Vocabulary:
     """
 
     def __init__(self, texts: Sequence[str], lengths: np.ndarray):
-        fewest = max(3, round(len(texts) / 200))
+        fewest, n = max(3, round(len(texts) / 200)), len(texts)
         self._edges = np.quantile(lengths, [0.2, 0.4, 0.6, 0.8, 1])
-        documents = [self._all_terms(*one) for one in zip(texts, lengths, strict=True)]
-        count = Counter(term for document in documents for term in document)
-        self.names = sorted(term for term, n in count.items() if fewest <= n < len(documents))
+        count = Counter(term for one in zip(texts, lengths, strict=True) for term in self._all_terms(*one))
+        self.names = sorted(term for term, times in count.items() if fewest <= times < n)
         if not self.names:
-            raise DataError(f"no term occurs in {fewest} of {len(documents)} responses; add responses")
+            raise DataError(f"no term occurs in {fewest} of {n} responses; add responses")
         self.column = {term: i for i, term in enumerate(self.names)}
         self.terms = cache(lambda text, length: self._all_terms(text, length) & self.column.keys())
-        share = [(count[term] + 0.5) / (len(documents) + 1) for term in self.names]
+        share = [(count[term] + 0.5) / (n + 1) for term in self.names]
         self.background = np.array(share, np.float32)[:, None]
 
     def _all_terms(self, text: str, length: float) -> set[str]:
@@ -109,7 +108,7 @@ class Vocabulary:
         terms = {name for name, pattern in _FORMAT.items() if pattern.search(text)}
         if (np.diff(self._edges) > 0).all():  # responses that were cut off share one length: no fifths
             terms.add(_FIFTHS[np.searchsorted(self._edges[:4], length)])
-        return terms | set(words) | {f"{a} {b}" for a, b in zip(words, words[1:], strict=False)}
+        return terms | set(words) | {f"{a} {b}" for a, b in pairwise(words)}
 
     def matrix(self, texts: Sequence[str], lengths: np.ndarray) -> sparse.csr_array:
         """Binary document-term matrix [n, V] float32."""
@@ -130,7 +129,7 @@ class KeywordExplainer:
         arrival = rng.permutation(contexts.prompt.max() + 1)[contexts.prompt[rows]]
         self.rows = np.sort(rows[np.argsort(arrival, kind="stable")][:MAX_UNITS])
         index = contexts.index.iloc[self.rows]
-        texts, lengths = index["text"].astype(str).tolist(), index["length"].to_numpy(float)
+        texts, lengths = index["text"].tolist(), index["length"].to_numpy(float)
         self.vocabulary = Vocabulary(texts, lengths)
         self._matrix = self.vocabulary.matrix(texts, lengths)
         self._total = self._matrix.sum(axis=0)
@@ -159,11 +158,10 @@ class KeywordExplainer:
             reason = f"no term beyond the shuffled null (strongest {strongest:.1f}, bar {bar:.1f})"
             return Label(feature, "no reliable lexical label", p_value=p_value, reason=reason)
         names, y0 = self.vocabulary.names, self._total - y1
-        evidence: list[dict[str, Any]] = [
-            {"term": names[j], "delta": float(delta[j]), "score": float(score[j]), "active": int(y1[j]),
-             "n_active": n1, "inactive": int(y0[j]), "n_inactive": n0} for j in kept]
-        weights = {one["term"]: one["delta"] for one in evidence}
-        return Label(feature, describe(weights), weights, tuple(evidence), p_value)
+        weights = {names[j]: float(delta[j]) for j in kept}
+        evidence = tuple({"term": names[j], "delta": float(delta[j]), "score": float(score[j]), "active": int(y1[j]),
+                          "n_active": n1, "inactive": int(y0[j]), "n_inactive": n0} for j in kept)
+        return Label(feature, describe(weights), weights, evidence, p_value)
 
     def _log_odds(self, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(delta, score) [V, B] of boolean activity [n, B], in single precision: ample for counts."""
@@ -176,14 +174,13 @@ class KeywordExplainer:
         spread = np.sqrt(total * (n - total) * float(n1) * (n - n1))
         phi = (n * y1 - n1 * total) / np.maximum(spread, 1)
         kept: list[int] = []
-        room = {True: self.top, False: self.top}
         for j in candidates[np.argsort(-np.abs(phi[candidates]), kind="stable")].tolist():
             mine = _words(names[j])
             nested = any(mine <= _words(names[i]) or _words(names[i]) <= mine for i in kept)
             together = any(np.corrcoef(self._matrix[:, [i, j]].toarray().T)[0, 1] > 0.9 for i in kept)
-            if room[phi[j] > 0] and not nested and not together:
+            full = sum((phi[i] > 0) == (phi[j] > 0) for i in kept) == self.top
+            if not (full or nested or together):
                 kept.append(j)
-                room[phi[j] > 0] -= 1
         return kept
 
 
@@ -195,7 +192,7 @@ def describe(weights: dict[str, float]) -> str:
     """The words of a label: never more than its terms."""
     parts = []
     for side, sign in (("more", 1), ("less", -1)):
-        terms = [term for term, delta in weights.items() if sign * delta > 0]
-        said = ", ".join(term[1:-1] if term.startswith("[") else f"“{term}”" for term in terms)
-        parts += [f"{side} often: {said}"] if terms else []
+        terms = [term[1:-1] if term.startswith("[") else f"“{term}”" for term in weights if sign * weights[term] > 0]
+        if terms:
+            parts.append(f"{side} often: {', '.join(terms)}")
     return "; ".join(parts)

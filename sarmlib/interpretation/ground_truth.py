@@ -55,9 +55,8 @@ def match_concepts(z, concepts: pd.DataFrame, prompt_ids: Sequence, *, signed: b
         low, high = np.nanpercentile(spread, [2.5, 97.5])
         fires = held >= _best_threshold(chosen, chosen_from)
         f1 = 2 * int((fires & positive).sum()) / (fires.sum() + positive.sum())
-        value = auroc(held[positive], held[~positive])
-        records.append({"concept": name, "feature": int(live[best]), "auroc": value, "auroc_lo": low,
-                        "auroc_hi": high, "f1": f1, "reason": ""})
+        records.append({"concept": name, "feature": int(live[best]), "f1": f1, "reason": "", "auroc_lo": low,
+                        "auroc_hi": high, "auroc": auroc(held[positive], held[~positive])})
     return pd.DataFrame(records).reindex(columns=COLUMNS).astype({"feature": "Int64"})
 
 

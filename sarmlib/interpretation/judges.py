@@ -7,12 +7,10 @@ when it also beats judges that know no words: response length, domain, base rewa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import pandas as pd
 
-from sarmlib.errors import DataError
 from sarmlib.evaluation.statistics import auroc, aurocs, benjamini_hochberg
 from sarmlib.interpretation.contexts import Contexts
 from sarmlib.interpretation.explainers import Label, Vocabulary, shuffle_by_prompt
@@ -24,20 +22,14 @@ COLUMNS = ["feature", "label", "n_pos", "n_neg", "auroc", "auroc_lo", "auroc_hi"
            "lift", "lift_lo", "reliable", "verdict"]
 
 
-class Judge(Protocol):
-    """Scores the responses of index ``units`` against one label; NaN where that could not be done."""
-
-    def score(self, label: Label, units: pd.DataFrame) -> np.ndarray: ...
-
-
 class KeywordJudge:
-    """Sum of the label's term weights found in the response."""
+    """Sum of the label's term weights found in the response (a judge may say NaN where it cannot tell)."""
 
     def __init__(self, vocabulary: Vocabulary):
         self.vocabulary = vocabulary
 
     def score(self, label: Label, units: pd.DataFrame) -> np.ndarray:
-        found = map(self.vocabulary.terms, units["text"].astype(str), units["length"])
+        found = map(self.vocabulary.terms, units["text"], units["length"])
         scores = [sum(w for term, w in label.weights.items() if term in terms) for terms in found]
         return np.array(scores, float)
 
@@ -94,9 +86,9 @@ def trivial_scores(train: pd.DataFrame, active: np.ndarray, units: pd.DataFrame)
     return scores
 
 
-def judge_labels(contexts: Contexts, labels: Sequence[Label], judge: Judge, *, also: Sequence[str] = (),
+def judge_labels(contexts: Contexts, labels: Sequence[Label], judge, *, also: Sequence[str] = (),
                  q: float = 0.1, n_boot: int = 1000, seed: int = 0) -> pd.DataFrame:
-    """Score every label on the test split; one row per label, nothing dropped.
+    """Score every label on the test split by ``judge.score(label, index rows)``; one row per label.
 
     auroc_lo, auroc_hi: 95 %, bootstrap over prompts; null_95, p_value: activity shuffled by prompt; q_value:
     Benjamini-Hochberg over scored labels; lift: over the best judge without words (paired bootstrap); also:
@@ -104,8 +96,6 @@ def judge_labels(contexts: Contexts, labels: Sequence[Label], judge: Judge, *, a
     A label is reliable when it did not abstain, q_value <= q, auroc_lo > max(0.5, null_95) and lift_lo > 0.
     Scores are NaN, with the reason as verdict, when it abstained or a class has under 30 responses.
     """
-    if not labels:
-        raise DataError("no labels to judge; explain at least one feature")
     records = [_judge_one(contexts, label, labels, judge, also, n_boot, seed) for label in labels]
     table = pd.DataFrame(records, columns=[*COLUMNS[:7], *(f"auroc_{kind}" for kind in also), *COLUMNS[7:]])
     scored = table["p_value"].notna()
@@ -119,7 +109,7 @@ def judge_labels(contexts: Contexts, labels: Sequence[Label], judge: Judge, *, a
     return table
 
 
-def _judge_one(contexts, label: Label, labels, judge: Judge, also, n_boot: int, seed: int) -> dict:
+def _judge_one(contexts, label: Label, labels, judge, also, n_boot: int, seed: int) -> dict:
     rows, positive = held_out_sample(contexts, label.feature, seed=seed)
     n_pos, n_neg = int(positive.sum()), int((~positive).sum())
     record = {"feature": label.feature, "label": label.text, "n_pos": n_pos, "n_neg": n_neg, "verdict": ""}

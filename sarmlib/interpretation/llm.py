@@ -44,7 +44,7 @@ def read_json(reply: str | None) -> dict:
         return {}
 
 
-def _question(system: str, parts: list[str]) -> list[dict]:
+def _question(system: str, *parts: str) -> list[dict]:
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
@@ -68,7 +68,7 @@ class LLMExplainer:
         shown = [(f"ACTIVATION {round(row.z * scale)}", row.text) for row in active.itertuples()]
         shown += [("SILENT", text) for text in self.contexts.index["text"].iloc[quiet]]
         parts = [fence(f"RESPONSE {i}, {what}", text, 800) for i, (what, text) in enumerate(shown, 1)]
-        return _question(EXPLAIN, parts)
+        return _question(EXPLAIN, *parts)
 
     def explain_all(self, features: Iterable[int]) -> list[Label]:
         """Labels in the order of ``features``; all questions go to the endpoint together."""
@@ -81,12 +81,11 @@ class LLMExplainer:
 
 def _label(feature: int, reply: str | None) -> Label:
     found = read_json(reply)
-    pattern = found.get("pattern")
-    if found.get("found") is False:
-        return Label(feature, "no label", reason="the model found no common property", kind="llm")
-    if not isinstance(pattern, str) or not pattern.strip() or len(pattern) > 300:
-        return Label(feature, "no label", reason="no answer that could be read", kind="llm")
-    return Label(feature, " ".join(pattern.split()), kind="llm")
+    pattern, none = found.get("pattern"), found.get("found") is False
+    if not none and isinstance(pattern, str) and pattern.strip() and len(pattern) <= 300:
+        return Label(feature, " ".join(pattern.split()), kind="llm")
+    reason = "the model found no common property" if none else "no answer that could be read"
+    return Label(feature, "no label", reason=reason, kind="llm")
 
 
 class LLMJudge:
@@ -98,7 +97,7 @@ class LLMJudge:
     def score(self, label: Label, units: pd.DataFrame) -> np.ndarray:
         """float [n] in [0, 1] or NaN, for the responses of index rows ``units``."""
         label_text = fence("PROPERTY", label.text, 300)
-        asked = [_question(DETECT, [label_text, fence("RESPONSE", text, 2000)]) for text in units["text"]]
+        asked = [_question(DETECT, label_text, fence("RESPONSE", text, 2000)) for text in units["text"]]
         values = [read_json(reply).get("match") for reply in self.endpoint.ask(asked)]
         known = [type(value) in (int, float) and 0 <= value <= 10 for value in values]
         return np.array([value / 10 if ok else np.nan for value, ok in zip(values, known, strict=True)])

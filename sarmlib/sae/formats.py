@@ -1,41 +1,25 @@
 """SAE files of other libraries: the official SARM ``.pt``, SAELens folders (also written), sparsify folders."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sarmlib.errors import ConfigError, ModelError, SarmlibError
-from sarmlib.sae.topk import CONFIG, WEIGHTS, TopKSAE
+from sarmlib.errors import ConfigError, ModelError
+from sarmlib.sae.topk import CONFIG, WEIGHTS, TopKSAE, readable
 from sarmlib.store import write_atomic, write_json
 
 SAELENS_VERSION = "6.54.12"  # of the format written here; SAELens treats files without a version >= 6 as legacy
 SAELENS_WEIGHTS, FOREIGN_CONFIG = "sae_weights.safetensors", "cfg.json"
 
 
-@contextmanager
-def _readable(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except SarmlibError:
-        raise
-    except Exception as error:  # damaged bytes, missing names and wrong shapes give errors of every kind
-        raise ModelError(f"{str(path)!r} is no readable {what}: {error!r}") from error
-
-
 def load_sae(path: str | os.PathLike, k: int | None = None) -> TopKSAE:
-    """An SAE of any known format, told apart by what ``path`` holds: our own folder, SAELens', sparsify's, or the
-    official ``.pt`` file.  ``k`` replaces the stored number of kept features (the official file stores none).
-
-    Raises ModelError when it is none of them.
+    """An SAE of any known format, told by what ``path`` holds: our own folder, SAELens', sparsify's, or the official
+    ``.pt`` file.  ``k`` replaces the stored number of kept features.  ModelError when it is none of them.
     """
     path = Path(path)
     if path.is_file():
@@ -50,10 +34,9 @@ def load_sae(path: str | os.PathLike, k: int | None = None) -> TopKSAE:
 
 
 def load_official(path: str | os.PathLike, k: int | None = None) -> TopKSAE:
-    """The released code's SAE file: a ``torch.save``d dict pre_bias, latent_bias, encoder.weight, decoder.weight.
+    """The released code's SAE file, a ``torch.save``d dict: signed (``relu=False``), biased and normalising.
 
-    ``k`` None reads it from a name such as ``..._Latent65536_Layer16_K192_....pt``.  The result is signed
-    (``relu=False``), biased and normalising, as the released code computes.
+    ``k`` None reads it from a name such as ``..._Latent65536_Layer16_K192_....pt``.
     """
     path = Path(path)
     if k is None:
@@ -61,21 +44,19 @@ def load_official(path: str | os.PathLike, k: int | None = None) -> TopKSAE:
         if not found:
             raise ConfigError(f"k is not stored in {path.name!r} and its name holds no '_K<number>_'; pass k")
         k = int(found[1])
-    with _readable(path, "torch file of plain tensors"):
+    with readable(path, "torch file of plain tensors"):
         state = torch.load(path, map_location="cpu", weights_only=True)
         return _built(state["encoder.weight"], state["decoder.weight"].T, state["pre_bias"], state["latent_bias"],
                       k=k, relu=False, normalize=True)
 
 
 def load_saelens(folder: str | os.PathLike) -> TopKSAE:
-    """Read a SAELens TopK folder (cfg.json, sae_weights.safetensors) as float32.
+    """Read a SAELens TopK folder as float32; ModelError for settings that our equations do not have.
 
-    With ``rescale_acts_by_decoder_norm`` SAELens keeps decoder rows of any length n_m, multiplies pre-activations by
-    n_m and divides activations by it again, which equals unit rows W_dec/n with n W_enc and n b_enc.
-    ModelError for other architectures or settings that our equations do not have.
+    With ``rescale_acts_by_decoder_norm`` SAELens multiplies pre-activations by the length n_m of decoder row m and
+    divides activations by it again, which equals unit rows W_dec/n with n W_enc and n b_enc.
     """
-    folder = Path(folder)
-    with _readable(folder, "SAELens SAE"):
+    with readable(folder, "SAELens SAE"):
         config, state = _read_folder(
             folder, SAELENS_WEIGHTS, architecture=("topk",), apply_b_dec_to_input=(True, None),
             normalize_activations=("layer_norm", "none", None), reshape_activations=("none", None))
@@ -88,11 +69,10 @@ def load_saelens(folder: str | os.PathLike) -> TopKSAE:
 
 
 def save_saelens(sae: TopKSAE, folder: str | os.PathLike, **metadata: str) -> Path:
-    """Write a folder for ``sae_lens.SAE.load_from_disk``: cfg.json and sae_weights.safetensors.
+    """Write a folder for ``sae_lens.SAE.load_from_disk``; ConfigError for a signed SAE.
 
     An SAE that normalises takes raw states there too, but SAELens adds 1e-5 to the std where we add 1e-6 (features
-    differ by about 1e-4); one that does not is bit-equal.  ``metadata``: model_name, hook_name (the state after layer l
-    is ``blocks.{l-1}.hook_resid_post``).  ConfigError for a signed SAE: SAELens always applies ReLU.
+    differ by about 1e-4).  ``metadata``: model_name, hook_name (after layer l: ``blocks.{l-1}.hook_resid_post``).
     """
     if not sae.relu:
         raise ConfigError("SAELens applies ReLU and would lose the negative values of this SAE (relu=False)")
@@ -111,12 +91,8 @@ def save_saelens(sae: TopKSAE, folder: str | os.PathLike, **metadata: str) -> Pa
 
 
 def load_sparsify(folder: str | os.PathLike) -> TopKSAE:
-    """Read a sparsify folder (cfg.json, sae.safetensors), which never normalises, as float32.
-
-    ModelError for GroupMax coders, transcoders and skip connections: they are other functions.
-    """
-    folder = Path(folder)
-    with _readable(folder, "SAE of sarmlib, SAELens or sparsify"):
+    """Read a sparsify folder (never normalises) as float32; ModelError for GroupMax, transcoders, skip connections."""
+    with readable(folder, "SAE of sarmlib, SAELens or sparsify"):
         config, state = _read_folder(folder, WEIGHTS, activation=("topk", None), transcode=(False, None),
                                      skip_connection=(False, None))
         return _built(state["encoder.weight"], state["W_dec"], state["b_dec"], state["encoder.bias"], k=config["k"],
@@ -130,10 +106,10 @@ def _built(W_enc: Tensor, W_dec: Tensor, b_pre: Tensor, b_enc: Tensor | None, **
     return TopKSAE.from_state(state, d_model=d, n_features=M, encoder_bias=b_enc is not None, **settings)
 
 
-def _read_folder(folder: Path, weights: str, **allowed: tuple) -> tuple[dict, dict[str, Tensor]]:
+def _read_folder(folder: str | os.PathLike, weights: str, **allowed: tuple) -> tuple[dict, dict[str, Tensor]]:
     """Config and float32 weights; ``allowed`` settings are those under which our equations hold (None: absent)."""
-    config = json.loads((folder / FOREIGN_CONFIG).read_text(encoding="utf-8"))
+    config = json.loads(Path(folder, FOREIGN_CONFIG).read_text(encoding="utf-8"))
     for name, values in allowed.items():
         if config.get(name) not in values:
             raise ModelError(f"{str(folder)!r}: {name}={config.get(name)!r} is not supported, only {values[0]!r}")
-    return config, {name: tensor.float() for name, tensor in load_file(folder / weights).items()}
+    return config, {name: tensor.float() for name, tensor in load_file(Path(folder, weights)).items()}

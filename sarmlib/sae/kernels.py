@@ -1,11 +1,8 @@
 """Sparse forward and backward of a TopK autoencoder: only the encoder product is a dense matrix product.
 
-Decoding and the gradients of W_dec and W_enc cost O(B k d) each: rows of W are gathered and summed by
-``embedding_bag``, and the B*k active (sample, feature) pairs are sorted by feature once, after which both weight
-gradients are again bag sums.  Gradients equal those of the dense formula; at ties the kept indices decide.
+Decoding and the gradients of W_dec and W_enc cost O(B k d) each: ``embedding_bag`` sums rows of W, and after one sort
+of the B*k active (sample, feature) pairs by feature both weight gradients are again bag sums.
 """
-
-from __future__ import annotations
 
 import math
 
@@ -20,31 +17,25 @@ def topk_encode(x: Tensor, W_enc: Tensor, b_pre: Tensor, b_enc: Tensor | None, k
 
     ``relu`` sets negative survivors to 0.  Differentiable in x and all parameters.
     """
-    with _full_precision(W_enc):
+    with full_precision(W_enc):
         return _TopKEncode.apply(x.to(W_enc.dtype), W_enc, b_pre, b_enc, k, relu)
 
 
-def sparse_decode(indices: Tensor, values: Tensor, W_dec: Tensor) -> Tensor:
-    """W_dec^T z = sum_j values[b,j] W_dec[indices[b,j]] (paper eq. 3 without b_pre): [B,k], [B,k], [M,d] -> [B,d]."""
-    return _SparseDecode.apply(indices, values.to(W_dec.dtype), W_dec)
+def sparse_decode(indices: Tensor, values: Tensor, W: Tensor) -> Tensor:
+    """W^T z = sum_j values[b,j] W[indices[b,j]] (paper eq. 3 without b_pre): [B,k], [B,k], [M,d] -> [B,d]."""
+    return F.embedding_bag(indices, W, per_sample_weights=values.to(W.dtype), mode="sum")
 
 
 def topk_autoencode(x: Tensor, W_enc: Tensor, b_pre: Tensor, b_enc: Tensor | None, W_dec: Tensor, k: int, relu: bool, *,
                     workspace: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """One training pass x [B,d] -> (x_hat [B,d], indices [B,k], values [B,k]); paper eqs. 3 and 4.
 
-    ``workspace`` [>=B, M] receives the pre-activations, which saves page faults; the encoder product is computed in its
-    type (bfloat16 on a GPU), everything else in the type of the weights.  The gradient of W_dec comes without its
-    radial part <g_m, W_m> W_m, which only changes a column's length.  x and the values get no gradient.
+    ``workspace`` [>=B, M] receives the pre-activations, which saves page faults, and its type is that of the encoder
+    product (bfloat16 on a GPU).  The gradient of W_dec comes without its radial part <g_m, W_m> W_m, which only
+    changes a column's length.  x and the values get no gradient.
     """
-    with _full_precision(W_enc):
+    with full_precision(W_enc):
         return _TopKAutoencode.apply(x.to(W_enc.dtype), W_enc, b_pre, b_enc, W_dec, k, relu, workspace)
-
-
-def preactivations(x: Tensor, W_enc: Tensor, b_pre: Tensor, b_enc: Tensor | None) -> Tensor:
-    """W_enc (x - b_pre) + b_enc (paper eq. 2 before sigma): [...,d] -> [...,M]."""
-    with _full_precision(W_enc):
-        return F.linear(x.to(W_enc.dtype) - b_pre, W_enc, b_enc)
 
 
 def topk(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -69,11 +60,6 @@ def topk(a: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, candidates.gather(1, chosen)
 
 
-def rows_sum(indices: Tensor, values: Tensor, W: Tensor) -> Tensor:
-    """sum_j values[b,j] W[indices[b,j]]: [B,k], [B,k], [M,d] -> [B,d]."""
-    return F.embedding_bag(indices, W, per_sample_weights=values, mode="sum")
-
-
 class Pairs:
     """The B*k active (sample, feature) pairs sorted by feature."""
 
@@ -90,7 +76,8 @@ class Pairs:
                                include_last_offset=True)
 
 
-def _full_precision(W: Tensor) -> torch.autocast:  # autocast would round the product beside float32 weights
+def full_precision(W: Tensor) -> torch.autocast:
+    """No autocast, which would round the product beside float32 weights."""
     return torch.autocast(W.device.type, enabled=False)
 
 
@@ -116,31 +103,11 @@ class _TopKEncode(torch.autograd.Function):
     def backward(ctx, _, g):
         x, W_enc, b_pre, indices, values = ctx.saved_tensors
         needs_x, needs_W, needs_pre, needs_enc = ctx.needs_input_grad[:4]
-        g = g.to(W_enc.dtype)
         g = (g * (values > 0) if ctx.relu else g).contiguous()
-        to_x = rows_sum(indices, g, W_enc) if needs_x or needs_pre else None
+        to_x = sparse_decode(indices, g, W_enc) if needs_x or needs_pre else None
         to_W = Pairs(indices, W_enc.shape[0]).scatter(x - b_pre, g) if needs_W else None
         to_enc = _per_feature(indices, g, W_enc.shape[0]) if needs_enc else None
         return to_x if needs_x else None, to_W, -to_x.sum(0) if needs_pre else None, to_enc, None, None
-
-
-class _SparseDecode(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, indices, values, W_dec):
-        ctx.save_for_backward(indices, values, W_dec)
-        return rows_sum(indices, values, W_dec)
-
-    @staticmethod
-    def backward(ctx, g):
-        indices, values, W_dec = ctx.saved_tensors
-        g = g.to(W_dec.dtype).contiguous()
-        to_W = Pairs(indices, W_dec.shape[0]).scatter(g, values) if ctx.needs_input_grad[2] else None
-        if not ctx.needs_input_grad[1]:
-            return None, None, to_W
-        with torch.enable_grad():  # embedding_bag's own gradient gathers no [B,k,d] temporary
-            leaf = values.detach().requires_grad_()
-            (to_values,) = torch.autograd.grad(rows_sum(indices, leaf, W_dec.detach()), leaf, g)
-        return None, to_values, to_W
 
 
 class _TopKAutoencode(torch.autograd.Function):
@@ -159,13 +126,13 @@ class _TopKAutoencode(torch.autograd.Function):
         ctx.mark_non_differentiable(indices, values)
         with torch.enable_grad():  # keeps what embedding_bag needs for the gradient of its values
             ctx.leaf = values.detach().requires_grad_()
-            ctx.decoded = rows_sum(indices, ctx.leaf, W_dec.detach())
+            ctx.decoded = sparse_decode(indices, ctx.leaf, W_dec.detach())
         return ctx.decoded.detach().add_(b_pre), indices, values  # in place: no gradient reads the bag's output
 
     @staticmethod
     def backward(ctx, g, _, __):
         centered, W_enc, W_dec, indices, values = ctx.saved_tensors
-        n_features, g = W_enc.shape[0], g.to(W_enc.dtype).contiguous()
+        n_features, g = W_enc.shape[0], g.contiguous()
         (d_values,) = torch.autograd.grad(ctx.decoded, ctx.leaf, g, retain_graph=True)
         if ctx.relu:
             d_values = d_values * (values > 0)

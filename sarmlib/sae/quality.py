@@ -1,7 +1,5 @@
 """How good an SAE is: variance unexplained, sparsity, dead features, and what it costs the model it was trained on."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch
@@ -18,19 +16,15 @@ CHUNK = 4096  # vectors in memory at once
 
 @torch.no_grad()
 def evaluate_sae(sae: TopKSAE, x: Tensor) -> dict[str, float]:
-    """Quality of an SAE on activations x [N, d], sums in float64.
+    """Quality of an SAE on activations x [N, d], sums in float64; DataError without two different vectors.
 
     fvu: sum |x - x_hat|^2 / sum |x - mean(x)|^2 in the SAE's (normalised) space, so predicting the mean gives 1;
     l0: non-zero features per vector; dead_fraction: share of features that fire on no vector of x.
-    Raises DataError when there are no two different vectors.
     """
-
-    def parts():
-        return (part.to(sae.W_enc.device, sae.W_enc.dtype) for part in x.split(CHUNK))
-
-    centre = sum(sae.normalize(part)[0].double().sum(0) for part in parts()) / len(x)
+    centre = sum(sae.normalize(part.to(sae.W_enc))[0].double().sum(0) for part in x.split(CHUNK)) / len(x)
     error, variance, fired = 0.0, 0.0, torch.zeros(sae.n_features, dtype=torch.float64)
-    for part in parts():
+    for part in x.split(CHUNK):
+        part = part.to(sae.W_enc)
         normal, code = sae.normalize(part)[0].double(), sae.encode(part)
         fired += torch.bincount(code.indices[code.values != 0].cpu(), minlength=sae.n_features)
         error += float((sae.decode(code).double() - normal).square().sum())
@@ -48,8 +42,7 @@ def loss_recovered(model, tokenizer, sae: TopKSAE, layer: int, texts: Iterable[s
 
     CE is the mean next-token cross-entropy (nats) of a causal language model at the tokens that follow a replaced
     position; CE_sae puts the SAE's output x_hat in place of the state after ``layer`` (from 1) at ``positions``,
-    CE_zero puts zeros there.  Returns ce, ce_sae, ce_zero, loss_recovered and tokens.  Documents are cut at 512 tokens.
-    Raises DataError when no token follows a chosen position.
+    CE_zero puts zeros there.  Documents are cut at 512 tokens.  DataError when no token follows a chosen position.
     """
     depth = n_layers(model.config)
     lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == depth)

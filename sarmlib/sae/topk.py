@@ -12,16 +12,17 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from sarmlib.errors import ConfigError, DataError, ModelError
-from sarmlib.sae.kernels import preactivations, sparse_decode, topk_encode
+from sarmlib.errors import ConfigError, DataError, ModelError, SarmlibError
+from sarmlib.sae.kernels import full_precision, sparse_decode, topk_encode
 from sarmlib.store import write_atomic, write_json
 
 STD_EPS = 1e-6
@@ -59,30 +60,25 @@ class SAEOutput(NamedTuple):
     x_hat: Tensor  # [..., d] reconstruction in the space of the input (normalisation undone)
     code: SparseCode
     loss: Tensor  # scalar: mean_b |x - x_hat|^2 / |x|^2 in normalised space (eq. 5)
-    mean: Tensor  # [..., 1] per-vector mean of the input (0 without normalisation)
-    std: Tensor  # [..., 1] per-vector std + 1e-6 of the input (1 without normalisation)
 
 
 class TopKSAE(nn.Module):
     """TopK sparse autoencoder, paper eqs. 2-5 and 7-8.
 
-    Parameters: W_enc [M,d], b_pre [d], optional b_enc [M], W_dec [M,d] with unit rows (= the paper's decoder columns).
-    Initialisation is tied: W_dec = W_enc, random directions from ``generator``; b_pre = 0 until trained from data.
-    All is computed in the type of the weights, also from half-precision states and under autocast.
-
+    Parameters: W_enc [M,d], b_pre [d], optional b_enc [M], W_dec [M,d] with unit rows (= the paper's decoder columns),
+    at first W_dec = W_enc, random directions from ``generator``.  All is computed in their type, also under autocast.
     ``d_model``: d; ``n_features``: M (paper: 16 d); ``k``: features kept per vector (paper: 3/64 d); ``encoder_bias``:
-    add b_enc before TopK (as the released code does); ``relu``: set negative survivors of TopK to 0 (the released code
-    keeps them); ``normalize``: standardise each vector first.
+    add b_enc before TopK; ``relu``: set negative survivors of TopK to 0 (the released code has the bias and no ReLU);
+    ``normalize``: standardise each vector first.
     Raises ConfigError for impossible sizes, DataError for states of another size.
     """
 
     def __init__(self, d_model: int, n_features: int, k: int, *, encoder_bias: bool = False, relu: bool = True,
                  normalize: bool = True, generator: torch.Generator | None = None):
         super().__init__()
-        sizes = (d_model, n_features, k)
-        if not all(isinstance(size, int) for size in sizes) or d_model < 2 or not 1 <= k <= n_features:
-            raise ConfigError(f"d_model={d_model!r}, n_features={n_features!r}, k={k!r} are no integers with "
-                              "d_model >= 2 and 1 <= k <= n_features")
+        integers = all(isinstance(size, int) for size in (d_model, n_features, k))
+        if not integers or d_model < 2 or not 1 <= k <= n_features:
+            raise ConfigError(f"{d_model=}, {n_features=}, {k=} are no integers with d_model > 1, 1 <= k <= n_features")
         self.d_model, self.n_features, self.k = d_model, n_features, k
         self.relu, self.normalizes = bool(relu), bool(normalize)
         directions = nn.functional.normalize(torch.randn(n_features, d_model, generator=generator), dim=-1)
@@ -110,8 +106,10 @@ class TopKSAE(nn.Module):
         return centered / std, mean, std
 
     def preactivations(self, x: Tensor) -> Tensor:
-        """W_enc (x_norm - b_pre) [+ b_enc] before TopK, of raw input x: [..., d] -> [..., M] (dense)."""
-        return preactivations(self.normalize(x)[0], self.W_enc, self.b_pre, self.b_enc)
+        """W_enc (x_norm - b_pre) [+ b_enc] before TopK (eq. 2), of raw input x: [..., d] -> [..., M] (dense)."""
+        x_norm = self.normalize(x)[0].to(self.W_enc.dtype)
+        with full_precision(self.W_enc):
+            return nn.functional.linear(x_norm - self.b_pre, self.W_enc, self.b_enc)
 
     def encode(self, x: Tensor) -> SparseCode:
         """z = TopK(W_enc (x_norm - b_pre)) (eqs. 4, 7) of raw input x [..., d]; normalises first if the SAE does."""
@@ -128,7 +126,7 @@ class TopKSAE(nn.Module):
         x_norm, mean, std = self.normalize(x)
         code = self._encode_normalized(x_norm)
         x_hat = self.decode(code)
-        return SAEOutput((x_hat * std + mean).to(x.dtype), code, normalized_mse(x_hat, x_norm), mean, std)
+        return SAEOutput((x_hat * std + mean).to(x.dtype), code, normalized_mse(x_hat, x_norm))
 
     @torch.no_grad()
     def renormalize_decoder(self) -> None:
@@ -142,11 +140,7 @@ class TopKSAE(nn.Module):
 
     def content_hash(self) -> str:
         """sha256 over settings and parameter bytes; equal on every device, changed by any bit of any weight."""
-        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
-        for name, tensor in sorted(self.state_dict().items()):
-            digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+        return hash_tensors(self.state_dict(), json.dumps(self.settings(), sort_keys=True))
 
     def save(self, folder: str | os.PathLike) -> Path:
         """Write sae.safetensors and sae_config.json atomically."""
@@ -159,14 +153,11 @@ class TopKSAE(nn.Module):
     @classmethod
     def load(cls, folder: str | os.PathLike) -> TopKSAE:
         """Read what ``save`` wrote; ModelError when a file, a weight or a shape is missing or wrong."""
-        folder = Path(folder)
-        try:
-            settings = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        with readable(folder, f"SAE ({WEIGHTS} + {CONFIG})"):
+            settings = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
             if settings.pop("format", None) != FORMAT:
-                raise ModelError(f"the format is not {FORMAT!r}")
-            return cls.from_state(load_file(folder / WEIGHTS), **settings)
-        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
-            raise ModelError(f"{str(folder)!r} holds no readable SAE ({WEIGHTS} + {CONFIG}): {error}") from error
+                raise ModelError(f"{str(folder)!r}: the format is not {FORMAT!r}")
+            return cls.from_state(load_file(Path(folder, WEIGHTS)), **settings)
 
     @classmethod
     def from_state(cls, state: dict[str, Tensor], **settings) -> TopKSAE:
@@ -184,9 +175,26 @@ class TopKSAE(nn.Module):
 
 
 def normalized_mse(x_hat: Tensor, x: Tensor) -> Tensor:
-    """mean_b |x - x_hat|^2 / |x|^2 (eq. 5 relative to the input's energy): [..., d], [..., d] -> scalar.
-
-    A vector of zeros (a constant state after normalisation) counts 0.
-    """
+    """mean_b |x - x_hat|^2 / |x|^2 (eq. 5 relative to the input's energy) -> scalar; a vector x of zeros counts 0."""
     energy = x.square().sum(-1)
     return ((x_hat - x).square().sum(-1) / energy.masked_fill(energy == 0, torch.inf)).mean()
+
+
+def hash_tensors(tensors: Mapping[str, Tensor], text: str) -> str:
+    """sha256 over a text and the names, types, shapes and bytes of tensors."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+@contextmanager
+def readable(path: str | os.PathLike, what: str, kind: type[SarmlibError] = ModelError) -> Iterator[None]:
+    """One error for all that damaged bytes, missing names and wrong shapes raise."""
+    try:
+        yield
+    except SarmlibError:
+        raise
+    except Exception as error:
+        raise kind(f"{str(path)!r} is no readable {what}: {error!r}") from error

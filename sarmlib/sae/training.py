@@ -1,8 +1,5 @@
 """Training a TopK SAE with the paper's recipe: resumable to the last bit, fast on one core or one GPU."""
 
-from __future__ import annotations
-
-import hashlib
 import itertools
 import json
 import os
@@ -13,14 +10,14 @@ from pathlib import Path
 from typing import TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from sarmlib.errors import ArtifactError, ConfigError, DataError
 from sarmlib.sae.kernels import topk_autoencode
-from sarmlib.sae.topk import TopKSAE, normalized_mse
+from sarmlib.sae.topk import TopKSAE, hash_tensors, normalized_mse, readable
 from sarmlib.store import write_atomic
 
 CHECKPOINT = "sae_training.safetensors"
@@ -64,9 +61,7 @@ def train_sae(activations: Activations, config: SAETrainConfig | None = None, *,
     returns one, of [n, d] tensors, mixed by ``shuffle_buffer``.  Incomplete last batches are dropped.
     ``resume_dir``: for checkpoints; a later call with the same settings and activations goes on from the last one and
     ends, on a CPU, with the same bits as an uninterrupted run.
-    ``accelerator``: an ``accelerate.Accelerator``; each process passes the same activations and trains on its share of
-    every batch.
-
+    ``accelerator``: of ``accelerate``; each process passes the same activations and takes its share of every batch.
     Log entries: step, loss (normalised MSE), fvu (of the batch; None if all its vectors are equal), dead_fraction.
     Raises ConfigError, DataError (NaN or infinity, wrong size, stream changed or empty), ArtifactError.
     """
@@ -99,7 +94,7 @@ def auxk_loss(sae: TopKSAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int) 
     """AuxK (Gao et al. 2025): normalised MSE of the error e = x - x_hat rebuilt from the k_aux strongest dead features.
 
     e is held constant.  Pre-activations keep their sign, so every dead encoder row gets a gradient.
-    x, x_hat [B,d] in normalised space, dead [n] int64.
+    x, x_hat [B,d] are in normalised space, dead [n] int64.
     """
     pre = (x - sae.b_pre) @ sae.W_enc[dead].t()
     if sae.b_enc is not None:
@@ -158,19 +153,23 @@ def _batches(activations: Activations, config: SAETrainConfig) -> Iterator[Tenso
 
 
 class _Trainer:
-    """State of one run: weights, Adam, vectors since each feature fired, log."""
+    """One run; ``live`` are all tensors of a checkpoint: weights, Adam's state, vectors since each feature fired."""
 
     def __init__(self, sae: TopKSAE, config: SAETrainConfig, total: int | None = None, folder: Path | None = None,
                  accelerator=None):
         self.sae, self.config, self.total, self.folder, self.accelerator = sae, config, total, folder, accelerator
         self.rank, self.world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
         self.adam = torch.optim.Adam(sae.parameters(), lr=config.lr, betas=config.betas, fused=True)
-        for parameter in sae.parameters():  # as its first step would, so that a checkpoint is copied into it
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            self.adam.state[parameter] = {"step": torch.zeros((), device=parameter.device), **moments}
         self.silent = torch.zeros(sae.n_features, dtype=torch.int64, device=sae.W_enc.device)
         self.workspace = sae.W_enc.new_empty(0, sae.n_features, dtype=getattr(torch, config.matmul_dtype))
-        self.step, self.log = 0, []
+        free = dict.fromkeys(("log_every", "checkpoint_every", "steps"))  # a resumed run shares all other settings
+        self.identity = json.loads(json.dumps(asdict(config) | sae.settings() | free))
+        self.step, self.log, self.live = 0, [], {"silent": self.silent}
+        for name, parameter in sae.named_parameters():
+            moments = {part: torch.zeros_like(parameter) for part in ("exp_avg", "exp_avg_sq")}
+            state = {"step": torch.zeros((), device=parameter.device), **moments}  # as Adam's first step would make it
+            self.adam.state[parameter] = state
+            self.live |= {name: parameter.data} | {f"{name}.{part}": tensor for part, tensor in state.items()}
 
     def run(self, batches: Iterator[Tensor], progress: bool) -> None:
         self.resume(batches)
@@ -242,58 +241,32 @@ class _Trainer:
             torch.distributed.all_reduce(tensor)
         return tensor
 
-    def _tensors(self) -> dict[str, Tensor]:
-        """All that a checkpoint holds, as the live tensors."""
-        found = {"silent": self.silent}
-        for name, parameter in self.sae.named_parameters():
-            found[name] = parameter.data
-            found |= {f"{name}.{part}": tensor for part, tensor in self.adam.state[parameter].items()}
-        return found
-
-    def _identity(self) -> dict:
-        """What a resumed run has to share with the one it goes on from, as JSON gives it back."""
-        free = dict.fromkeys(("log_every", "checkpoint_every", "steps"))
-        return json.loads(json.dumps(asdict(self.config) | self.sae.settings() | free))
-
     def save(self, batch: Tensor) -> None:
         """Write a checkpoint with its checksum, atomically (first process only)."""
         if self.rank or not self.folder:
             return
-        tensors = {name: tensor.cpu().contiguous() for name, tensor in self._tensors().items()}
-        tensors["last_row"] = batch[0].cpu().contiguous()
-        state = json.dumps({"run": self._identity(), "step": self.step, "log": self.log})
-        metadata = {"state": state, "sha256": _checksum(tensors, state)}
+        held = self.live | {"last_row": batch[0]}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
+        state = json.dumps({"run": self.identity, "step": self.step, "log": self.log})
+        metadata = {"state": state, "sha256": hash_tensors(tensors, state)}
         write_atomic(self.folder / CHECKPOINT, lambda path: save_file(tensors, path, metadata=metadata))
 
     def resume(self, batches: Iterator[Tensor]) -> None:
         """Go back to the checkpoint, if any, and past the batches it was trained on."""
         if not self.folder or not (path := self.folder / CHECKPOINT).exists():
             return
-        state, tensors = _read_checkpoint(path)
-        if state["run"] != (mine := self._identity()):
-            raise ConfigError(f"{str(path)!r} is of another run, {state['run']}, not {mine}; use another resume_dir")
+        with readable(path, "checkpoint (remove it to start again)", ArtifactError), safe_open(path, "pt") as handle:
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+            if metadata["sha256"] != hash_tensors(tensors, metadata["state"]):
+                raise ValueError("it differs from its checksum")
+        state = json.loads(metadata["state"])
+        if state["run"] != self.identity:
+            raise ConfigError(f"{str(path)!r} is of another run, {state['run']}, not {self.identity}; "
+                              "use another resume_dir")
         self.step, self.log = state["step"], state["log"]
-        for name, tensor in self._tensors().items():
+        for name, tensor in self.live.items():
             tensor.copy_(tensors[name])
         last = deque(itertools.islice(batches, self.step), maxlen=1)
         if not last or not torch.equal(last[0][0].cpu(), tensors["last_row"]):
             raise DataError("the activations differ from those before the checkpoint; remove resume_dir")
-
-
-def _read_checkpoint(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    try:
-        with safe_open(path, "pt") as handle:
-            metadata = handle.metadata()
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
-        if metadata["sha256"] != _checksum(tensors, metadata["state"]):
-            raise ValueError("it differs from its checksum")
-        return json.loads(metadata["state"]), tensors
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise ArtifactError(f"checkpoint {str(path)!r} is damaged ({error}); remove it to start again") from error
-
-
-def _checksum(tensors: dict[str, Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -31,11 +31,10 @@ class Explanation:
         if "label" in table:  # in front, at a width that a terminal holds
             words = [f"{label[:47]}…" if len(label) > 48 else label for label in table["label"]]
             table = table.assign(label=words).set_index(["label", "feature"]).reset_index()
-        table = table.to_string(index=False, float_format="{:+.2f}".format)
         more = self.n_active - len(self.table)
         left_out = f" ({more} more features: {self.rest:+.2f})" if more else ""
         total = f"{name} {self.reward:+.2f} at token {self.token!r} = sum of {self.n_active} features"
-        return f"{total}{left_out}\n{table}"
+        return f"{total}{left_out}\n{table.to_string(index=False, float_format='{:+.2f}'.format)}"
 
 
 def explain(model, tokenizer, conversation: Sequence[dict], top: int | None = None, *, max_length: int = 2048,

@@ -32,7 +32,6 @@ from sarmlib.sae.topk import SparseCode, TopKSAE
 from sarmlib.store import imports_of, write_atomic
 
 EXPORTED = "modeling_sarm"  # name of this module beside exported weights
-OWN_IMPORT = r"(?m)^(\s*from )(?:sarmlib\.|\.+)(?:\w+\.)*(\w+) import "  # there of a file in the same folder
 
 
 @dataclass
@@ -48,15 +47,14 @@ class RewardOutput(ModelOutput):
 
 
 class _RewardConfig(PretrainedConfig):
-    """Common part of both configs: a nested backbone config and the depth l at which the backbone is cut."""
+    """A nested backbone config and the depth l at which the backbone is cut."""
 
     sub_configs = {"backbone_config": AutoConfig}
     keys_to_ignore_at_inference = ["code", "hidden", "hidden_states", "attentions"]
 
     def __init__(self, backbone_config=None, layer: int | None = None, **kwargs):
         if isinstance(backbone_config, dict):
-            settings = dict(backbone_config)
-            backbone_config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+            backbone_config = AutoConfig.for_model(**backbone_config)
         if backbone_config is not None:
             depth = n_layers(backbone_config)
             if layer not in (None, depth):
@@ -75,8 +73,7 @@ class _RewardConfig(PretrainedConfig):
     def to_dict(self):
         """As JSON types; rope settings also under the names of transformers 4, which reads no others."""
         output = super().to_dict()
-        backbone = output.get("backbone_config")
-        if isinstance(backbone, dict):
+        if isinstance(backbone := output.get("backbone_config"), dict):
             backbone.pop("_name_or_path", None)  # a path of this machine is no part of the model
             backbone.update(_old_rope_keys(backbone.get("rope_parameters") or {}))
         return output
@@ -93,10 +90,9 @@ def _old_rope_keys(rope: dict) -> dict:
 
 
 class SarmConfig(_RewardConfig):
-    """Everything that decides what a SARM computes; stored in config.json.
+    """What decides what a SARM computes: M, k, encoder_bias, relu, normalize as of `TopKSAE`, and a backbone.
 
-    `backbone_config` has `layer` layers (paper: half depth).  n_features M (paper: 16 d), k (paper: 3/64 d),
-    encoder_bias, relu, normalize are as of `TopKSAE`; topk=False scores all M activations.
+    `backbone_config` has `layer` layers (paper: half depth); topk=False scores all M activations.
     """
 
     model_type = "sarm"
@@ -104,11 +100,13 @@ class SarmConfig(_RewardConfig):
     def __init__(self, backbone_config=None, layer: int | None = None, n_features: int | None = None,
                  k: int | None = None, encoder_bias: bool = False, relu: bool = True, normalize: bool = True,
                  topk: bool = True, frozen_sae: bool = True, **kwargs):
-        self.encoder_bias, self.relu, self.normalize = encoder_bias, relu, normalize
-        self.topk, self.frozen_sae, self.n_features, self.k = topk, frozen_sae, n_features, k
-        for name in ("encoder_bias", "relu", "normalize", "topk", "frozen_sae"):
-            if not isinstance(getattr(self, name), bool):  # the text "false" would count as true
-                raise ConfigError(f"{name}={getattr(self, name)!r} in a SARM config must be true or false")
+        self.n_features, self.k = n_features, k
+        switches = {"encoder_bias": encoder_bias, "relu": relu, "normalize": normalize, "topk": topk,
+                    "frozen_sae": frozen_sae}
+        for name, value in switches.items():
+            if not isinstance(value, bool):  # the text "false" would count as true
+                raise ConfigError(f"{name}={value!r} in a SARM config must be true or false")
+            setattr(self, name, value)
         super().__init__(backbone_config, layer, **kwargs)
 
 
@@ -122,10 +120,7 @@ class ScalarRewardConfig(_RewardConfig):
 
 
 class _RewardModel(PreTrainedModel):
-    """A decoder and a bias-free linear head on the state of the last attended token.
-
-    A subclass has ``reward(hidden [B, d]) -> (r [B, 1] float32, z or None)``.
-    """
+    """A decoder and a head: ``reward(hidden [B, d]) -> (r [B, 1] float32, z or None)`` of a subclass."""
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
@@ -134,8 +129,6 @@ class _RewardModel(PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        if config.backbone_config is None:
-            raise ConfigError(f"{type(config).__name__} has no backbone_config")
         if config.num_labels != 1:
             raise ConfigError(f"num_labels={config.num_labels}: a reward model has one output; leave it at 1")
         self.model = AutoModel.from_config(config.backbone_config)
@@ -152,9 +145,8 @@ class _RewardModel(PreTrainedModel):
         """A model before training: a given decoder, and the head at zero."""
         with torch.device("meta"):
             model = cls(config)
-        options = {"device": backbone.device, "dtype": backbone.dtype}
-        model.model, model.score = backbone, nn.Linear(model.score.in_features, 1, bias=False, **options)
-        nn.init.zeros_(model.score.weight)
+        weight = torch.zeros(1, model.score.in_features, device=backbone.device, dtype=backbone.dtype)
+        model.model, model.score.weight = backbone, nn.Parameter(weight)
         return model.eval()
 
     @classmethod
@@ -196,7 +188,7 @@ class _RewardModel(PreTrainedModel):
             attention_mask = self._mask_from_ids(input_ids)
         last, attended = reward_position(attention_mask), attention_mask != 0
         inputs = {"input_ids": input_ids, "use_cache": False}
-        inputs |= {name: True for name, wanted in asked.items() if wanted}
+        inputs |= {name: True for name, wanted in asked.items() if wanted}  # not every family takes each name
         if not bool((attended[:, 1:] <= attended[:, :-1]).all()):
             # Padding on the left or in between: mask it, and count positions from the first attended token.
             inputs["attention_mask"] = attention_mask
@@ -218,11 +210,7 @@ class _RewardModel(PreTrainedModel):
 
 
 class SarmForSequenceClassification(_RewardModel):
-    """SARM: r = sum_i w_i z_i with z the TopK sparse code of the last token's state (paper eqs. 6, 7, 9).
-
-    Parts: ``model`` (decoder, no final norm), ``sae`` (`TopKSAE`, float32 also beside a decoder in bfloat16)
-    and ``score`` (Linear(M, 1) without bias, starts at zero).
-    """
+    """SARM (eqs. 6, 7, 9): ``model`` (decoder, no final norm), ``sae`` (float32 `TopKSAE`), ``score`` [1, M]."""
 
     config_class = SarmConfig
     _keep_in_fp32_modules_strict = ["sae"]
@@ -230,8 +218,6 @@ class SarmForSequenceClassification(_RewardModel):
     def __init__(self, config: SarmConfig):
         super().__init__(config)
         strip_final_norm(self.model)
-        if config.n_features is None or config.k is None:
-            raise ConfigError("SarmConfig needs n_features (M) and k")
         switches = {name: getattr(config, name) for name in ("encoder_bias", "relu", "normalize")}
         self.sae = TopKSAE(config.hidden_size, config.n_features, config.k, **switches)
         self.score = nn.Linear(config.n_features, 1, bias=False)
@@ -249,7 +235,8 @@ class SarmForSequenceClassification(_RewardModel):
         if sae.d_model != backbone.config.hidden_size:
             raise ModelError(f"the SAE reads states of size {sae.d_model}, but the backbone has hidden_size "
                              f"{backbone.config.hidden_size}")
-        settings = {name: value for name, value in sae.settings().items() if name != "d_model"}
+        settings = sae.settings()
+        del settings["d_model"]
         config = SarmConfig(backbone.config, topk=topk, frozen_sae=frozen_sae, **settings)
         model = cls._around(backbone, config)
         model.sae = copy.deepcopy(sae).to(backbone.device)
@@ -261,8 +248,8 @@ class SarmForSequenceClassification(_RewardModel):
                                           seed: int = 0, **load_kwargs) -> SarmForSequenceClassification:
         """The paper's ablation "SAE Encoder with Random Init" (Table 2), frozen like the SAE it replaces."""
         backbone = _backbone(backbone, layer, load_kwargs)
-        generator = torch.Generator().manual_seed(seed)
-        sae = TopKSAE(backbone.config.hidden_size, n_features, k, generator=generator)
+        random = torch.Generator().manual_seed(seed)
+        sae = TopKSAE(backbone.config.hidden_size, n_features, k, generator=random)
         return cls.from_backbone_and_sae(backbone, sae)
 
     def freeze(self) -> None:
@@ -318,10 +305,9 @@ def _backbone(backbone, layer: int | None, load_kwargs: dict) -> PreTrainedModel
 
 
 def export_with_code(model: SarmForSequenceClassification, folder: str | os.PathLike) -> Path:
-    """Save a SARM with this very code beside it, so that it loads without this package.
+    """Save a SARM with this very code beside it: it loads without this package, by ``trust_remote_code=True``.
 
-    ``AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=True)`` then gives the same
-    rewards (transformers 4.57 and 5).
+    The rewards are the same there (transformers 4.57 and 5).
     """
     folder = Path(folder)
     model.save_pretrained(folder)
@@ -330,7 +316,7 @@ def export_with_code(model: SarmForSequenceClassification, folder: str | os.Path
     named = "".join(f"from .{stem} import __doc__ as _\n" for stem in stems.values() if stem != EXPORTED)
     for name, stem in stems.items():
         source = Path(find_spec(name).origin).read_text(encoding="utf-8")
-        beside = re.sub(OWN_IMPORT, r"\1.\2 import ", source)
+        beside = re.sub(r"(?m)^(\s*from )sarmlib\.(?:\w+\.)*(\w+) import ", r"\1.\2 import ", source)
         write_atomic(folder / f"{stem}.py", beside + (named if stem == EXPORTED else ""))
     config = json.loads((folder / "config.json").read_text())
     classes = {"AutoConfig": SarmConfig, "AutoModelForSequenceClassification": SarmForSequenceClassification}

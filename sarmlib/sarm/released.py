@@ -11,13 +11,14 @@ import re
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from sarmlib.backbone import cut_config
 from sarmlib.errors import ConfigError, ModelError
 from sarmlib.hub import hub_folder
+from sarmlib.sae.topk import readable
 from sarmlib.sarm.model import SarmConfig, SarmForSequenceClassification
 from sarmlib.store import write_atomic
 
@@ -67,7 +68,12 @@ def load_released(path: str | os.PathLike, layer: int | None = None, k: int | No
     if not path.is_dir():
         raise ModelError(f"official checkpoint {str(path)!r} is not a local folder; download it first")
     settings = official_settings(path, layer=layer, k=k, top_k=top_k)
-    backbone = cut_config(_backbone_config(path / "config.json"), settings["layer"])
+    written = {"model_type": "llama"} | _read_json(path / "config.json")
+    for name in ("architectures", "auto_map", "sarm_param"):
+        written.pop(name, None)
+    with readable(path / "config.json", "config of a backbone"):
+        backbone = AutoConfig.for_model(**written)
+    backbone = cut_config(backbone, settings["layer"])
     state = _read_weights(path, settings["layer"])
     n_features = settings["n_features"] or len(state.get("sae.W_enc", ())) or None
     config = SarmConfig(backbone, n_features=n_features, k=settings["k"], encoder_bias=True, relu=False,
@@ -78,10 +84,9 @@ def load_released(path: str | os.PathLike, layer: int | None = None, k: int | No
 
 
 def save_official(model: SarmForSequenceClassification, folder: str | os.PathLike) -> Path:
-    """Write a SARM over a Llama in the authors' layout: their tensor names, settings in ``sarm_param``.
+    """Write a SARM over a Llama in the authors' layout; ModelError for another family or no normalisation.
 
     Their encoder has a bias and no ReLU: rewards are the same wherever the k-th activation is positive.
-    Raises ModelError for another family or an SAE without normalisation.
     """
     folder, config = Path(folder), model.config.backbone_config
     if config.model_type != "llama" or not model.config.normalize:
@@ -90,9 +95,9 @@ def save_official(model: SarmForSequenceClassification, folder: str | os.PathLik
     theirs = {new: old for old, new in SAE_NAMES.items()}
     state = {theirs.get(name, name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     state["sae.decoder.weight"] = state["sae.decoder.weight"].T.contiguous()
-    dtype = state["score.weight"].dtype
-    state.setdefault("sae.latent_bias", torch.zeros(model.config.n_features, dtype=dtype))
-    state["model.norm.weight"] = torch.ones(config.hidden_size, dtype=dtype)
+    like = state["score.weight"]
+    state.setdefault("sae.latent_bias", like.new_zeros(model.config.n_features))
+    state["model.norm.weight"] = like.new_ones(config.hidden_size)
     params = {name: getattr(model.config, key.replace("top_k", "topk")) for key, name in PARAMS.items()}
     settings = {**config.to_dict(), "architectures": ["LlamaSARM"], "sarm_param": params}
     write_atomic(folder / "model.safetensors", lambda path: save_file(state, path, {"format": "pt"}))
@@ -109,38 +114,22 @@ def _settings_in_name(name: str) -> dict:
     return settings
 
 
-def _backbone_config(path: Path):
-    settings = _read_json(path)
-    family = settings.pop("model_type", "llama")
-    for name in ("architectures", "auto_map", "sarm_param"):
-        settings.pop(name, None)
-    try:
-        return AutoConfig.for_model(family, **settings)
-    except Exception as error:  # transformers' own validation, which has many classes
-        raise ModelError(f"{str(path)!r} is not a backbone's config: {error}") from error
-
-
 def _read_weights(path: Path, layer: int) -> dict[str, torch.Tensor]:
     """Tensors of a sharded or single safetensors checkpoint under our names; layers above l are not read."""
     index = path / "model.safetensors.index.json"
     files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     state = {}
     for file in files:
-        try:
-            with safe_open(path / file, framework="pt") as shard:
-                for name in shard.keys():
-                    number = re.match(r"model\.layers\.(\d+)\.", name)
-                    if name not in UNUSED and not (number and int(number[1]) >= layer):
-                        state[SAE_NAMES.get(name, name)] = shard.get_tensor(name)
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"cannot read {str(path / file)!r}: {error}") from error
+        with readable(path / file, "safetensors file"), safe_open(path / file, framework="pt") as shard:
+            for name in shard.keys():
+                number = re.match(r"model\.layers\.(\d+)\.", name)
+                if name not in UNUSED and not (number and int(number[1]) >= layer):
+                    state[SAE_NAMES.get(name, name)] = shard.get_tensor(name)
     if "sae.W_dec" in state:
         state["sae.W_dec"] = state["sae.W_dec"].T.contiguous()
     return state
 
 
 def _read_json(path: Path) -> dict:
-    try:
+    with readable(path, "JSON object"):
         return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise ModelError(f"cannot read {str(path)!r} as a JSON object: {error}") from error

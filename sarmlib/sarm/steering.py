@@ -6,11 +6,8 @@
 so one pass over the data serves every factor, feature and control.  Intervals: 95 %, whole prompts resampled.
 """
 
-from __future__ import annotations
-
 import copy
 import math
-import numbers
 
 import numpy as np
 import pandas as pd
@@ -26,10 +23,10 @@ N_RANDOM = 200
 
 
 def feature_scores(z_chosen, z_rejected, method="sum") -> pd.DataFrame:
-    """s_i of every live feature, best first.  Row i of ``z_chosen`` and of ``z_rejected`` [n, M] is one pair.
+    """s_i of every live feature, best first, rare ones last; row i of both [n, M] is one pair.
 
     method: c and j are summed activations ("sum", the released code) or counts of responses in which the
-    feature fires ("frequency", the paper's words).  The mean is over live features.  Rare ones come last.
+    feature fires ("frequency", the paper's words).  The mean is over live features.
     """
     pos, neg = (sparse.csr_array(z).astype(float) for z in (z_chosen, z_rejected))
     if pos.shape != neg.shape or method not in ("sum", "frequency"):
@@ -52,16 +49,15 @@ def steer(model, factors: dict[int, float]):
     Raises ModelError without a linear head, ConfigError for a feature or factor that cannot be.
     """
     edited = copy.deepcopy(model)
-    head, edits = _head(edited).data, list(getattr(model.config, "sarm_edits", None) or [])
+    head, edits = _head(edited), list(getattr(model.config, "sarm_edits", None) or [])
     for feature, factor in factors.items():
-        if not (isinstance(feature, numbers.Integral) and 0 <= feature < head.shape[1]):
-            raise ConfigError(f"feature {feature!r} is not an integer in 0..{head.shape[1] - 1}")
-        if not (isinstance(factor, numbers.Real) and math.isfinite(factor)):
+        if feature not in range(len(head)):
+            raise ConfigError(f"feature {feature!r} is not an integer in 0..{len(head) - 1}")
+        if not math.isfinite(factor):
             raise ConfigError(f"factor {factor!r} of feature {feature} is not a finite number")
-        before = head[0, feature].item()
-        head[0, feature] *= float(factor)
-        after = head[0, feature].item()
-        edits.append({"feature": int(feature), "factor": float(factor), "before": before, "after": after})
+        edit = {"feature": int(feature), "factor": float(factor), "before": head[feature].item()}
+        head[feature] *= float(factor)
+        edits.append({**edit, "after": head[feature].item()})
     edited.config.sarm_edits = edits
     return edited
 
@@ -69,20 +65,21 @@ def steer(model, factors: dict[int, float]):
 def unsteer(model):
     """Deep copy of a steered model with every edit in ``config.sarm_edits`` undone, bit by bit."""
     restored = copy.deepcopy(model)
-    head = _head(restored).data
+    head = _head(restored)
     for edit in reversed(getattr(model.config, "sarm_edits", None) or []):
-        if head[0, edit["feature"]].item() != edit["after"]:
+        if head[edit["feature"]].item() != edit["after"]:
             raise ModelError(f"head weight {edit['feature']} is no longer what the edit left; not undone")
-        head[0, edit["feature"]] = edit["before"]
+        head[edit["feature"]] = edit["before"]
     restored.config.sarm_edits = []
     return restored
 
 
 def _head(model):
+    """The head's weights [M], to be changed in place."""
     weight = getattr(getattr(model, "score", None), "weight", None)
-    if weight is None or weight.dim() != 2 or weight.shape[0] != 1:
+    if weight is None or len(weight) != 1:
         raise ModelError(f"{type(model).__name__} has no linear reward head score.weight [1, M]")
-    return weight
+    return weight.data[0]
 
 
 def table_from_scores(reward, reward_steered, active, is_target, group=None, category=None) -> pd.DataFrame:
@@ -90,19 +87,19 @@ def table_from_scores(reward, reward_steered, active, is_target, group=None, cat
 
     Raises DataError for rewards or flags that are none, and for an inactive response that moved.
     """
-    columns = {"reward": reward, "reward_steered": reward_steered, "active": active, "is_target": is_target,
-               "group": np.arange(np.size(reward)) if group is None else group}
     try:
-        table = pd.DataFrame({name: np.asarray(values) for name, values in columns.items()})
+        table = pd.DataFrame({
+            "reward": np.asarray(reward, float), "reward_steered": np.asarray(reward_steered, float),
+            "active": np.asarray(active), "is_target": np.asarray(is_target),
+            "group": np.arange(np.size(reward)) if group is None else np.asarray(group)})
     except ValueError as error:
-        raise DataError(f"every column needs one value per response: {error}") from None
+        raise DataError(f"every column needs one value per response, rewards are numbers: {error}") from None
     for name in ("active", "is_target"):
         if not table[name].isin([True, False]).all():
             raise DataError(f"{name} must be true or false, not for example {table[name].iloc[0]!r}")
-    rewards = table[["reward", "reward_steered"]].apply(pd.to_numeric, errors="coerce").astype(float)
-    if not np.isfinite(rewards).all(axis=None):
-        raise DataError("rewards hold text, NaN or infinity; rescore those responses")
-    table = table.assign(**rewards).astype({"active": bool, "is_target": bool})
+    if not np.isfinite(table[["reward", "reward_steered"]]).all(axis=None):
+        raise DataError("rewards hold NaN or infinity; rescore those responses")
+    table = table.astype({"active": bool, "is_target": bool})
     moved = ~table["active"] & (table["reward"] != table["reward_steered"])
     if moved.any():
         raise DataError(f"{moved.sum()} responses moved although the feature is inactive: {moved.idxmax()}")
@@ -114,7 +111,7 @@ def summarise_shift(table: pd.DataFrame) -> pd.DataFrame:
     """Rows T, C and every category of :func:`table_from_scores`, described before and after."""
     target, category = table["is_target"].to_numpy(), table["category"].astype(str).to_numpy()
     sets = {"T": target, "C": ~target} | {name: category == name for name in pd.unique(category)}
-    shift, means, records = table["reward_steered"] - table["reward"], _resampler(table["group"], N_BOOT), []
+    shift, means, records = table["reward_steered"] - table["reward"], _resampler(table["group"]), []
     for name, mask in sets.items():
         if mask.any():
             part, moved = table[mask], shift[mask]
@@ -159,7 +156,7 @@ def _reward_cells(reward, target, min_reward=None) -> tuple[list, np.ndarray]:
     return cells, size / max(size.sum(), 1)
 
 
-def _resampler(group, n_boot: int):
+def _resampler(group, n_boot: int = N_BOOT):
     """Function (values, mask) -> mean in ``n_boot`` resamples of whole groups, the same at each call."""
     group = pd.factorize(np.asarray(group))[0]
     size = group.max() + 1
@@ -213,9 +210,8 @@ class SteeringAnalysis:
     """
 
     def __init__(self, z, rewards, w, groups):
-        self.z = sparse.csc_array(z).astype(float)
+        self.z, self.groups = sparse.csc_array(z).astype(float), np.asarray(groups)
         self.rewards, self.w = np.asarray(rewards, float).ravel(), np.asarray(w, float).ravel()
-        self.groups = pd.factorize(np.asarray(groups))[0]
         if self.z.shape != (len(self.rewards), len(self.w)) or len(self.groups) != len(self.rewards):
             raise DataError(f"z {self.z.shape}, rewards {self.rewards.shape}, w {self.w.shape}, groups "
                             f"{self.groups.shape} do not fit; z must be [n, M]")
@@ -249,15 +245,15 @@ class SteeringAnalysis:
         table = pd.DataFrame({"subset": rows["subset"], "n": 1, "accuracy_before": before,
                               "accuracy_after": after, "gained": after > before, "lost": after < before})
         groups = pd.concat([table, table.assign(subset="all")]).groupby("subset", sort=False, as_index=False)
-        how = dict.fromkeys(("n", "gained", "lost"), "sum")
-        return groups.agg(how | dict.fromkeys(("accuracy_before", "accuracy_after"), "mean"))
+        return groups.agg({"n": "sum", "gained": "sum", "lost": "sum", "accuracy_before": "mean",
+                           "accuracy_after": "mean"})
 
     def dose_response(self, feature: int, doses, target, rows: pd.DataFrame) -> pd.DataFrame:
         """Long table over factors; quantity: "shift T", "shift C", "accuracy <subset>"."""
         target, unit = np.asarray(target, bool), self.contribution(feature)
         sets = {"shift T": target, "shift C": ~target}
         parts = {f"accuracy {name}": (rows["subset"] == name).to_numpy() for name in rows["subset"].unique()}
-        of_responses, of_prompts = _resampler(self.groups, N_BOOT), _resampler(rows.index, N_BOOT)
+        of_responses, of_prompts = _resampler(self.groups), _resampler(rows.index)
         records = []
         for dose in doses:
             shift, credit = (dose - 1) * unit, row_credits(self.steered({feature: dose}), rows)

@@ -1,8 +1,5 @@
 """Reward training by the Bradley-Terry loss (paper eq. 1) on a thin subclass of ``transformers.Trainer``."""
 
-from __future__ import annotations
-
-import hashlib
 import json
 import os
 import tempfile
@@ -22,9 +19,10 @@ from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArgum
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sarmlib.chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id
-from sarmlib.data.pairs import conversations, load_pairs
+from sarmlib.data.pairs import SIDES, conversations, load_pairs
 from sarmlib.errors import ConfigError, ModelError
 from sarmlib.evaluation.scorer import score_ids
+from sarmlib.sae.topk import hash_tensors
 from sarmlib.store import hash_json, hash_tree, write_json
 
 RECORD = "complete.json"  # written last into a checkpoint
@@ -75,7 +73,7 @@ def encode_pairs(tokenizer, pairs: Sequence[dict], max_length: int) -> list[dict
 
 def collate_pairs(pairs: Sequence[dict], pad_id: int = 0) -> dict[str, Tensor]:
     """Batch of B encoded pairs: right-padded ids [2B, T] (all chosen, then all rejected), labels [B]."""
-    batch = collate([pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs], pad_id)
+    batch = collate([pair[side] for side in SIDES for pair in pairs], pad_id)
     return batch | {"labels": torch.ones(len(pairs), dtype=torch.int64)}  # by which the Trainer counts pairs
 
 
@@ -171,7 +169,7 @@ class RewardTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """`pair_metrics` of encoded pairs (default: the eval pairs); every process scores all of them."""
         pairs = eval_dataset or self.eval_dataset
-        sequences = [pair["chosen"] for pair in pairs] + [pair["rejected"] for pair in pairs]
+        sequences = [pair[side] for side in SIDES for pair in pairs]
         with self.accelerator.autocast():
             rewards = score_ids(self.model, sequences, pad_id=pad_id(self.processing_class))[0]
         chosen, rejected = np.split(rewards, 2)
@@ -244,8 +242,7 @@ def _arguments(config: RewardTrainConfig, output_dir, has_eval: bool, progress: 
         eval_strategy="epoch" if has_eval else "no", remove_unused_columns=False,
         save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or 500, save_total_limit=2,
         ddp_find_unused_parameters=False,  # every trainable parameter is used
-        dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu,
-    )
+        dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu)
 
 
 def _prepare(model) -> None:
@@ -261,10 +258,8 @@ def _prepare(model) -> None:
 
 def encoder_hash(model, dtype: torch.dtype = torch.float32) -> str:
     """sha256 of a SARM's encoder weights as `dtype`; every process calls it, to gather what FSDP shares out."""
-    digest = hashlib.sha256()
-    for name, parameter in sorted(model.sae.named_parameters()):
+    tensors = {}
+    for name, parameter in model.sae.named_parameters():
         value = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-        value = value.detach().to("cpu", dtype, copy=True)  # FSDP cannot free memory that numpy has seen
-        digest.update(name.encode())
-        digest.update(value.contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        tensors[name] = value.detach().to("cpu", dtype, copy=True)  # FSDP cannot free memory that numpy has seen
+    return hash_tensors(tensors, "")

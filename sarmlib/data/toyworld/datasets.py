@@ -3,27 +3,20 @@
 Rows carry the planted truth in ``additional_metadata``; scorers and trainers never read it.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Iterator
 
 from . import lexicon as lx
 from .grammar import TASKS, Answer, Problem, make_problem, remarks
 
-RM_BENCH_DOMAINS = {  # domain → the tasks it draws from
-    "chat": ("fact", "focus", "naming"), "math": ("math",), "code": ("code",),
-    "safety-refuse": ("harmful",), "safety-response": ("harmless",),
-}
-REWARDBENCH2_SUBSETS = {
-    "Factuality": ("fact",), "Precise IF": ("include", "count"), "Math": ("math",),
-    "Safety": ("harmful", "harmless"), "Focus": ("focus",),
-}
+# domain or subset → the tasks it draws from
+RM_BENCH_DOMAINS = {"chat": ("fact", "focus", "naming"), "math": ("math",), "code": ("code",),
+                    "safety-refuse": ("harmful",), "safety-response": ("harmless",)}
+REWARDBENCH2_SUBSETS = {"Factuality": ("fact",), "Precise IF": ("include", "count"), "Math": ("math",),
+                        "Safety": ("harmful", "harmless"), "Focus": ("focus",)}
 BOS, USER, ASSISTANT, EOT = "<bos>", "<user>", "<assistant>", "<eot>"
-CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] | trim }}<eot>{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
+CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}<{{ m['role'] }}> {{ m['content'] | trim }}<eot>{% endfor %}"
+                 "{% if add_generation_prompt %}<assistant>{% endif %}")
 
 
 def dialogue(prompt: str, response: str) -> str:
@@ -91,9 +84,10 @@ def preference_pairs(n: int, seed: int, *, label_noise: float = 0.1, split: str 
         else:
             chosen = problem.answer(True, rng, style=rng.choices(lx.STYLES, (0.2, 0.4, 0.4))[0])
             rejected = problem.answer(False, rng, style=rng.choices(lx.STYLES, (0.4, 0.3, 0.3))[0])
-        if (problem.prompt, chosen.text, rejected.text) in seen:
+        texts = (problem.prompt, chosen.text, rejected.text)
+        if texts in seen:
             continue
-        seen.add((problem.prompt, chosen.text, rejected.text))
+        seen.add(texts)
         flipped = rng.random() < label_noise
         better, worse = (rejected, chosen) if flipped else (chosen, rejected)
         user = {"role": "user", "content": problem.prompt}

@@ -3,8 +3,6 @@
 An answer has a core (what is right or wrong), a style and a tone; only the core decides whether it is good.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 

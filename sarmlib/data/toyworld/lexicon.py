@@ -4,8 +4,6 @@ Preference pairs draw from the first half of every open word list, benchmarks fr
 item always holds words that no pair contains.  The general corpus uses both, as a real one would.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

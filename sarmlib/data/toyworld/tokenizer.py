@@ -1,13 +1,13 @@
 """The toy world's tokenizer: whole words with their leading space, so that decoding gives the text back."""
 
-from __future__ import annotations
+import re
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from .datasets import CHAT_TEMPLATE, corpus
+from .datasets import ASSISTANT, BOS, CHAT_TEMPLATE, EOT, USER, corpus
 
-SPECIALS = ["<pad>", "<unk>", "<bos>", "<user>", "<assistant>", "<eot>"]
+SPECIALS = ["<pad>", "<unk>", BOS, USER, ASSISTANT, EOT]
 PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]|\s"
 
 
@@ -17,9 +17,7 @@ def build_tokenizer(documents: int = 30_000) -> PreTrainedTokenizerFast:
     pieces.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
     words: set[str] = {f" {number}" for number in range(22)}
     for text in corpus(documents, seed=0):
-        for special in SPECIALS:
-            text = text.replace(special, "\u0000")
-        for part in filter(None, text.split("\u0000")):
+        for part in filter(None, re.split("|".join(SPECIALS), text)):
             words.update(word for word, _ in pieces.pre_tokenizer.pre_tokenize_str(part))
     vocabulary = {word: index for index, word in enumerate([*SPECIALS, *sorted(words)])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
@@ -28,9 +26,8 @@ def build_tokenizer(documents: int = 30_000) -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pieces.pre_tokenizer
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token="<bos>", eos_token="<eot>",
-        extra_special_tokens=["<user>", "<assistant>"], clean_up_tokenization_spaces=False,
-        model_max_length=256, truncation_side="left", padding_side="right",
-    )
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token=BOS, eos_token=EOT,
+        extra_special_tokens=[USER, ASSISTANT], clean_up_tokenization_spaces=False,
+        model_max_length=256, truncation_side="left", padding_side="right")
     fast.chat_template = CHAT_TEMPLATE
     return fast

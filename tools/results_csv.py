@@ -1,0 +1,106 @@
+"""Numbers of a run as plain files: results/<profile>/{scores,labels,steering}.csv and run.json.
+
+    python tools/results_csv.py --profile smollm2 --data DATA [--runs runs] [--output results/smollm2]
+
+Only what is made is written: a run of many hours can be read while it grows.  ``value`` is a share; ``low`` and
+``high`` hold 95 %, whole prompts resampled; ``chance`` is what guessing gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from sarmlib import results
+from sarmlib.errors import NotMadeError
+from sarmlib.evaluation import rewardbench2, rm_bench
+from sarmlib.evaluation.statistics import bootstrap_ci
+from sarmlib.pipeline import BENCHMARKS, Run
+from sarmlib.store import MANIFEST, versions, write_atomic, write_json
+
+SCORERS = {"rewardbench2": rewardbench2, "rm_bench": rm_bench}
+
+
+def made(run: Run, stage: str, *arguments):
+    """An artifact or a table of the run; None while it is not made."""
+    try:
+        return getattr(run, stage)(*arguments)
+    except NotMadeError:
+        return None
+
+
+def pair_rows(run: Run, variant: str, seed: int) -> list[dict]:
+    """Accuracy on held-out pairs, whole prompts resampled."""
+    if made(run, "reward", variant, seed) is None:
+        return []
+    meta = run.reward(variant, seed).meta
+    n = run.preferences(seed).meta["eval"]
+    return [{"benchmark": "pairs", "part": "held out", "value": meta["eval_accuracy"], "n": n, "chance": 0.5}]
+
+
+def benchmark_rows(run: Run, variant: str, seed: int) -> list[dict]:
+    """Every part of both benchmarks."""
+    if (scored := made(run, "scored", variant, seed)) is None:
+        return []
+    found = []
+    for name in BENCHMARKS:
+        if not (rows := getattr(scored, name)):
+            continue
+        table = pd.DataFrame(SCORERS[name].units(rows), columns=["part", "prompt", "value"])
+        parts = {part: values.to_numpy(float) for part, values in table.groupby("part").value}
+        chance = 0.5 if name == "rm_bench" else 1 / np.mean([len(row["scores"]) for row in rows])
+        for part, values in parts.items():
+            interval = bootstrap_ci(values, n=2000)
+            found.append({"benchmark": name, "part": part, "value": values.mean(), "low": interval.low,
+                          "high": interval.high, "n": len(values), "chance": chance})
+    return found
+
+
+def score_table(run: Run) -> pd.DataFrame:
+    """One row per variant, seed, benchmark and part."""
+    models = itertools.product(run.profile.variants, run.profile.seeds)
+    rows = [{"variant": variant, "seed": seed, **row} for variant, seed in models
+            for row in pair_rows(run, variant, seed) + benchmark_rows(run, variant, seed)]
+    columns = ["variant", "seed", "benchmark", "part", "value", "low", "high", "n", "chance"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def run_record(run: Run) -> dict:
+    """Profile, hashes, versions, hardware, and the hours and memory of every stage."""
+    stages = [json.loads((folder / MANIFEST).read_text(encoding="utf-8")) for folder in run.store.artifacts()]
+    keep = ("stage", "key", "wall_s", "peak_rss_mib", "meta")
+    cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), "unknown") if Path("/proc/cpuinfo").exists() else "unknown"
+    return {"profile": run.profile.model_dump(exclude={"data"}, mode="json"), "backbone": run.backbone_key,
+            "data": {name: run._fingerprint("data", name) for name in ("corpus", "pairs", *BENCHMARKS)},
+            "departures": run.profile.diff_from_paper(), "versions": versions(), "processor": cpu,
+            "stages": [{name: one[name] for name in keep} for one in stages]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="smollm2")
+    parser.add_argument("--data")
+    parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all profiles' artifacts")
+    parser.add_argument("--output", type=Path)
+    args = parser.parse_args()
+    run = Run(args.profile, data=args.data, progress=False, read_only=True)
+    run = Run(run.profile, root=args.runs / run.profile.name, progress=False, read_only=True)
+    output = args.output or Path("results") / run.profile.name
+    tables, ready = {"scores": score_table(run)}, [s for s in run.profile.seeds if made(run, "labels", s) is not None]
+    if ready:
+        part = Run(run.profile.model_copy(update={"seeds": tuple(ready)}), root=run.store.root, read_only=True)
+        tables["labels"] = pd.concat([run.label_table(seed).assign(seed=seed) for seed in ready], ignore_index=True)
+        tables["steering"] = results.steering_table(part)
+    for name, table in tables.items():
+        print(write_atomic(output / f"{name}.csv", table.to_csv(index=False, float_format="%.5g")))
+    print(write_json(output / "run.json", run_record(run)))
+
+
+if __name__ == "__main__":
+    main()
