@@ -17,6 +17,7 @@ _PUBLIC = {
     "SAETrainConfig": "sarmlib.sae.training",
     "ActivationExtractor": "sarmlib.extractor",
     "load_backbone": "sarmlib.backbone",
+    "load_tokenizer": "sarmlib.backbone",
     "SarmConfig": "sarmlib.sarm.model",
     "SarmForSequenceClassification": "sarmlib.sarm.model",
     "ScalarRewardModel": "sarmlib.sarm.model",

@@ -45,34 +45,53 @@ def cut_config(config, layer: int | None = None):
     return cut
 
 
-def strip_final_norm(model: nn.Module) -> None:
-    """Replace the last norm by the identity: ``last_hidden_state`` becomes the residual stream.
-
-    ModelError for a family whose norm is not found: its last state would be another quantity.
-    """
+def _final_norm(model: nn.Module) -> str:
+    """Its path; ModelError for a family whose norm is not found: its last state would be another quantity."""
     modules = dict(model.named_modules())
-    for path in FINAL_NORMS:
-        if path in modules:
-            parent, _, name = path.rpartition(".")
-            setattr(modules[parent], name, nn.Identity())
-            return
+    if path := next((path for path in FINAL_NORMS if path in modules), None):
+        return path
     raise ModelError(f"no final norm ({', '.join(FINAL_NORMS)}) in {type(model).__name__}, model_type "
                      f"{model.config.model_type!r}; use a decoder such as llama, qwen2, mistral or gpt_neox")
 
 
-def load_backbone(path: str | os.PathLike, layer: int | None = None, *, revision: str | None = None,
+def strip_final_norm(model: nn.Module) -> None:
+    """Replace the last norm by the identity: ``last_hidden_state`` becomes the residual stream."""
+    parent, _, name = _final_norm(model).rpartition(".")
+    setattr(model.get_submodule(parent), name, nn.Identity())
+
+
+def check_cut(model, keep_final_norm: bool | None = None) -> None:
+    """Raise ModelError for a loaded model with a head, or whose final norm is not as asked (None: as it is)."""
+    cure = f"pass load_backbone(model, layer{', keep_final_norm=True' if keep_final_norm else ''})"
+    if getattr(model, "base_model", model) is not model:
+        raise ModelError(f"{type(model).__name__} has a head over its hidden states; {cure}")
+    if keep_final_norm is None:
+        return
+    kept = not isinstance(model.get_submodule(_final_norm(model)), nn.Identity)
+    if kept != keep_final_norm:
+        raise ModelError(f"this {type(model).__name__} has {'its' if kept else 'no'} final norm; {cure}")
+
+
+def load_backbone(path: str | os.PathLike | nn.Module, layer: int | None = None, *, revision: str | None = None,
                   dtype: torch.dtype = torch.float32, trust_remote_code: bool = False,
                   keep_final_norm: bool = False) -> nn.Module:
-    """The first ``layer`` layers of a folder, ``.gguf`` file or hub id; last_hidden_state is [B, T, d].
+    """The first ``layer`` layers (None: half) of a folder, ``.gguf`` file or hub id; last_hidden_state is [B, T, d].
 
-    Layers above l are neither read nor allocated (but a ``.gguf`` file is read whole).  Raises ModelError for
-    missing weights, ConfigError for a bad layer, OfflineError when the hub cannot be reached.
+    Layers above l are neither read nor allocated (but a ``.gguf`` file is read whole).  Of a loaded model, with any
+    head, it is a copy, on its device and in its dtype.  Raises ModelError for missing weights, ConfigError for a bad
+    layer, OfflineError when the hub cannot be reached.
     """
     from transformers import AutoConfig, AutoModel
 
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    config = cut_config(from_hub(AutoConfig, path, **common), layer)
-    model, _ = weights_from_hub(AutoModel, path, config=config, dtype=dtype, **common)
+    if isinstance(path, nn.Module):
+        base = path.base_model
+        model = AutoModel.from_config(cut_config(base.config, layer), dtype=base.dtype).to(base.device)
+        if missing := model.load_state_dict(base.state_dict(), strict=False).missing_keys:
+            raise ModelError(f"{type(path).__name__} lacks the weights {missing[:3]}; load it again from its files")
+    else:
+        common = {"revision": revision, "trust_remote_code": trust_remote_code}
+        config = cut_config(from_hub(AutoConfig, path, **common), layer)
+        model, _ = weights_from_hub(AutoModel, path, config=config, dtype=dtype, **common)
     if not keep_final_norm:
         strip_final_norm(model)
     model.config.use_cache = False

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 from torch.nn.utils.rnn import pad_sequence
 
+from sarmlib.backbone import check_cut
 from sarmlib.chat import end_of_turn_id, fit_length, reward_position
 from sarmlib.errors import ConfigError, DataError
 
@@ -83,6 +84,7 @@ class ActivationExtractor:
                  window: int = 512, batch_size: int = 4, device: str | torch.device | None = None):
         if window < 2 or batch_size < 1:
             raise ConfigError(f"window={window} must be 2 or more, batch_size={batch_size} 1 or more")
+        check_cut(backbone)
         window = fit_length(backbone, window)
         self.backbone = (backbone if device is None else backbone.to(device)).eval()
         self.tokenizer, self.window, self.budget = tokenizer, window, batch_size * window

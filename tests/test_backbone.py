@@ -10,7 +10,11 @@ from transformers import AutoModel
 
 from sarmlib.backbone import cut_config, load_backbone, n_layers, strip_final_norm
 from sarmlib.errors import ConfigError, ModelError
+from sarmlib.extractor import ActivationExtractor
+from sarmlib.sae.topk import TopKSAE
+from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
 from tests.helpers import shared_path
+from tests.tiny import tiny_tokenizer
 
 SMALL = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
 FAMILIES = {
@@ -53,6 +57,33 @@ def test_cut_backbone_equals_hidden_states(family, tmp_path):
     normed = load_backbone(tmp_path, 4, keep_final_norm=True)(input_ids, attention_mask=mask).last_hidden_state
     assert torch.equal(normed[mask.bool()], states[4][mask.bool()])
     assert (raw - normed)[mask.bool()].abs().max() > 0.1
+
+
+@pytest.mark.parametrize("keep_final_norm", [False, True])
+def test_a_loaded_model_with_a_head_is_cut_as_its_files_are(keep_final_norm, tmp_path):
+    torch.manual_seed(0)
+    full = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    full.save_pretrained(tmp_path)
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad():
+        from_files = load_backbone(tmp_path, 2, keep_final_norm=keep_final_norm)(ids).last_hidden_state
+        cut = load_backbone(full, 2, keep_final_norm=keep_final_norm)
+        assert torch.equal(cut(ids).last_hidden_state, from_files)
+        next(cut.parameters()).zero_()
+        assert next(full.parameters()).any()  # a copy: the given model stays as it is
+
+
+@pytest.mark.parametrize("wrong, message", [
+    (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)), "LlamaForCausalLM has a head.*load_"),
+    (lambda: tiny_model("Llama"), "has its final norm; pass load_backbone"),
+])
+def test_a_model_that_is_not_cut_is_refused_with_the_cure(wrong, message):
+    with pytest.raises(ModelError, match=message):
+        SarmForSequenceClassification.from_backbone_and_sae(wrong(), TopKSAE(16, 32, 4))
+    with pytest.raises(ModelError, match="no final norm; pass load_backbone.*keep_final_norm=True"):
+        ScalarRewardModel.from_backbone(load_backbone(tiny_model("Llama"), 2))
+    with pytest.raises(ModelError, match="has a head"):
+        ActivationExtractor(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)), tiny_tokenizer())
 
 
 def test_golden_hidden_states():

@@ -85,7 +85,7 @@ def test_without_a_mask_pads_are_found_by_id_unless_they_may_be_text():
 def test_outputs_are_those_of_a_transformers_classifier(kind):
     model = tiny_sarm()
     if kind == "scalar":
-        model = ScalarRewardModel.from_backbone(tiny_backbone())
+        model = ScalarRewardModel.from_backbone(AutoModel.from_config(tiny_config()))
         model.score.weight.data.normal_()
     ids, mask = padded(ROWS)
     model.set_attn_implementation("eager")

@@ -77,7 +77,7 @@ def run_record(run: Run) -> dict:
     cpu = next((line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), "unknown") if Path("/proc/cpuinfo").exists() else "unknown"
     return {"profile": run.profile.model_dump(exclude={"data"}, mode="json"), "backbone": run.backbone_key,
-            "data": {name: run._fingerprint("data", name) for name in ("corpus", "pairs", *BENCHMARKS)},
+            "data": {name: run.fingerprint("data", name) for name in ("corpus", "pairs", *BENCHMARKS)},
             "departures": run.profile.diff_from_paper(), "versions": versions(), "processor": cpu,
             "stages": [{name: one[name] for name in keep} for one in stages]}
 

@@ -24,7 +24,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
 
-from sarmlib.backbone import load_backbone, n_layers, strip_final_norm
+from sarmlib.backbone import check_cut, load_backbone, n_layers, strip_final_norm
 from sarmlib.chat import reward_position
 from sarmlib.errors import ConfigError, DataError, ModelError
 from sarmlib.hub import quiet, weights_from_hub
@@ -301,6 +301,7 @@ def _backbone(backbone, layer: int | None, load_kwargs: dict) -> PreTrainedModel
         return load_backbone(backbone, layer, **load_kwargs)
     if layer not in (None, n_layers(backbone.config)):
         raise ConfigError(f"layer={layer}, but the given backbone has {n_layers(backbone.config)} layers")
+    check_cut(backbone, keep_final_norm=load_kwargs.get("keep_final_norm", False))
     return backbone
 
 
