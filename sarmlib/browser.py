@@ -21,10 +21,12 @@ from tqdm import tqdm
 
 from sarmlib.errors import ConfigError, DataError
 from sarmlib.interpretation.contexts import Contexts
-from sarmlib.interpretation.explainers import Label
+from sarmlib.interpretation.explainers import Label, Vocabulary
+from sarmlib.interpretation.judges import KeywordJudge, held_out_sample
 
 MARK = "browser.json"  # a folder that holds this file was written here and may be replaced
-BARS = 12  # features in the waterfall of a pair; one more bar sums up the others
+BARS = 12  # features in the waterfall of a pair; those without a label, and the smaller ones, are a bar each
+ERRORS = 2  # responses of each kind that a label gets wrong
 _BLANK = {"\u115f", "\u1160", "\u3164", "\uffa0", "\u2800"}  # letters and symbols that look like nothing
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
@@ -34,7 +36,7 @@ def write_browser(output: str | Path, contexts: Contexts, labels: Sequence[Label
                   provenance: Mapping[str, str] | None = None) -> Path:
     """Write index, reliable index, a page per live feature, ``n_pairs`` pairs, and labels.json (feature -> words).
 
-    judged: `judge_labels`' table; provenance: words for the footer.
+    judged: `judge_labels`' table; provenance: name -> value for the footer, for example the artifacts' keys.
     Returns the path of index.html.  ``output`` is complete or untouched.  Raises ConfigError when it holds
     anything that this did not write, DataError when nothing fires.
     """
@@ -101,25 +103,49 @@ class _Pages:
         table = contexts.features()
         live = table[table["kind"] != "dead"].sort_values("contribution_sd", ascending=False, kind="stable")
         if not len(live):
-            raise DataError("every feature is dead on these responses; there is nothing to show")
+            raise DataError("no feature fires on these responses; there is nothing to show")
         if judged is not None:
             live = live.merge(judged[[c for c in judged if c == "feature" or c not in live]], "left", "feature")
         said = live["feature"].map(lambda f: self.labels[f].text if f in self.labels else f"feature {f}")
         self.rows = {row["feature"]: row for row in live.assign(label=said).to_dict("records")}
+        self.judge = self._judge() if any(label.weights for label in self.labels.values()) else None
+
+    def _judge(self) -> KeywordJudge:
+        """A judge by the terms of a keyword label, as they stand in the responses that labels are learned from."""
+        read = self.contexts.index.iloc[self.contexts.rows("explain")]
+        return KeywordJudge(Vocabulary(read["text"].tolist(), read["length"].to_numpy(float)))
+
+    def errors(self, feature: int) -> list[tuple[str, list[dict]]]:
+        """Held-out responses that the label ranks wrongly: the worst misses and false alarms."""
+        label = self.labels.get(feature)
+        if not label or not label.weights:
+            return []
+        rows, active = held_out_sample(self.contexts, feature)
+        if active.all() or not active.any():
+            return []
+        score = self.judge.score(label, self.contexts.index.iloc[rows])
+        middle = (score[active].mean() + score[~active].mean()) / 2
+        low, z = np.argsort(score, kind="stable"), self.contexts.activation(feature)
+        found = (("Fires, though the label’s words say no", low[(active & (score < middle))[low]]),
+                 ("Silent, though the label’s words say yes", low[(~active & (score > middle))[low]][::-1]))
+        return [(words, [self._unit(rows[i], z, feature) for i in worst[:ERRORS]]) for words, worst in found]
+
+    def _unit(self, row: int, z: np.ndarray, feature: int) -> dict:
+        return {**self.units[row], "z": z[row], "paid": self.w[feature] * z[row]}
 
     def feature(self, feature: int) -> dict:
         """Everything on a feature's page."""
         contexts, z, order = self.contexts, self.contexts.activation(feature), [None, *self.rows, None]
         rank, chosen = order.index(feature), (contexts.index["label"] == "chosen").to_numpy()
         domains = pd.Series(z != 0).groupby(contexts.index["domain"].to_numpy()).mean().nlargest(4)
-        examples = [{**self.units[one.row], "decile": one.decile, "z": one.z, "paid": self.w[feature] * one.z}
+        examples = [{**self._unit(one.row, z, feature), "decile": one.decile}
                     for one in contexts.examples(feature).itertuples()]
         near = contexts.neighbours(feature, 8)
         return {"f": self.rows[feature], "label": self.labels.get(feature), "rank": rank, "n_live": len(self.rows),
                 "previous": order[rank - 1], "following": order[rank + 1],
                 "on_chosen": (z[chosen] != 0).mean(), "on_rejected": (z[~chosen] != 0).mean(),
                 "domains": domains.items(), "mean_active": z[z != 0].mean(), "histogram": histogram(z, chosen),
-                "examples": examples[:3], "more": examples[3:],
+                "examples": examples[:3], "more": examples[3:], "errors": self.errors(feature),
                 "together": [(self.rows[one.feature], one.jaccard) for one in near.itertuples()]}
 
     def pairs(self, n: int) -> list[tuple[int, int]]:
@@ -139,9 +165,13 @@ class _Pages:
         paid = self.w * (z[0] - z[1])
         order = np.argsort(-np.abs(paid), kind="stable")
         order = order[(z[:, order] != 0).any(axis=0)]
-        bars = [{"f": self.rows[f], "value": paid[f], "z": z[:, f]} for f in order[:BARS]]
-        if more := order[BARS:].tolist():
-            bars.append({"f": None, "text": f"{len(more)} more features", "value": paid[more].sum()})
+        named = [f for f in order if f in self.labels] or order.tolist()
+        unnamed = [f for f in order if f not in named]
+        bars = [{"f": self.rows[f], "value": paid[f], "z": z[:, f]} for f in named[:BARS]]
+        for words, others in ((" without a label", unnamed), (" that pay less", named[BARS:])):
+            if others:
+                text = f"{len(others)} feature{'s' * (len(others) > 1)}{words}"
+                bars.append({"f": None, "text": text, "links": others, "value": paid[others].sum()})
         sides = [self.units[chosen], self.units[rejected]]
         margin, total = sides[0]["reward"] - sides[1]["reward"], float(paid.sum())
         exact = abs(total - margin) <= 1e-5 * (1 + np.abs(self.w * z).sum())
@@ -153,7 +183,7 @@ def _waterfall(bars: list[dict], total: float) -> list[dict]:
     """Where each bar stands on an axis 100 wide: where the one above ends; the last is the margin."""
     ends = np.cumsum([0.0, *(bar["value"] for bar in bars)])
     scale = 100 / max(np.ptp(ends), 1e-12)
-    bars = [*bars, {"f": None, "text": "margin", "value": total}]
+    bars = [*bars, {"f": None, "text": "margin", "links": [], "value": total}]
     for bar, start, stop in zip(bars, [*ends[:-1], 0.0], [*ends[1:], total], strict=True):
         left, width = (min(start, stop) - ends.min()) * scale, abs(stop - start) * scale
         bar |= {"x": round(left, 2), "width": round(max(width, 0.4), 2), "zero": round(-ends.min() * scale, 2)}

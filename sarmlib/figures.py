@@ -6,7 +6,6 @@ it.  Intervals (columns lo, hi) are 95 %.  Numbers printed in the paper are holl
 
 from __future__ import annotations
 
-import functools
 import io
 import textwrap
 from pathlib import Path
@@ -39,7 +38,20 @@ STYLE = {
 
 
 _figure = mpl.rc_context(STYLE)  # as a decorator: the house style while a figure is drawn or written
-_short = functools.partial(textwrap.shorten, placeholder="…")
+
+
+def _short(text: str, width: int, lines: int = 1) -> str:
+    """Text wrapped to ``width`` and cut after so many lines; a dollar sign starts no formula."""
+    return textwrap.fill(text, width, max_lines=lines, placeholder="…").replace("$", r"\$")
+
+
+def _words(label, width: int, lines: int = 1) -> str:
+    """What a feature goes with, on so many lines: the first terms of a list that fit, whole."""
+    text = str(label).split("; less often: ")[0].removeprefix("more often: ")
+    terms = text.split(", ") if "”" in text else [text]
+    while len(terms) > 1 and len(textwrap.wrap(", ".join(terms), width)) > lines:
+        terms.pop()
+    return _short(", ".join(terms), width, lines)
 
 
 class Drawing(Figure):
@@ -66,8 +78,7 @@ def save(fig: Drawing, data: pd.DataFrame, name: str, folder, note: str = "") ->
     folder.mkdir(parents=True, exist_ok=True)
     if note and not any(text.get_gid() == "note" for text in fig.texts):
         fig.set_layout_engine("constrained", rect=(0, strip, 1, 1 - strip))
-        text = fig.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=6.5, color=GREY, gid="note")
-        text.set_in_layout(False)
+        fig.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=6.5, color=GREY, gid="note")
     files = {"png": fig.image("png", dpi=200, pil_kwargs={"optimize": True}), "pdf": fig.image("pdf"),
              "csv": data.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
              "txt": f"{fig.alt} {note}".strip() + "\n"}
@@ -95,10 +106,10 @@ def _done(fig, title: str, alt: str, names=(), values=(), form="", legend=0) -> 
     lines = textwrap.fill(title, int(fig.get_figwidth() * 13.5))
     fig.suptitle(lines, x=0.01, ha="left", fontsize=9, weight="bold")
     listed = "; ".join(f"{name} {value:{form}}" for name, value in zip(names, values, strict=True))
-    fig.alt = f"{title}. {alt}{listed and ': '}{listed}."
-    if legend:
-        handles = sorted(fig.axes[0].get_legend_handles_labels()[0],
-                         key=lambda handle: not isinstance(handle, mpl.container.Container))
+    fig.alt = f"{title}. {alt}{listed and ': '}{listed}.".replace("\n", ", ").replace(r"\$", "$")
+    handles = sorted(fig.axes[0].get_legend_handles_labels()[0],
+                     key=lambda handle: not isinstance(handle, mpl.container.Container))
+    if legend and len(handles) > 1:  # one kind alone needs no legend
         fig.legend(handles=handles, loc="outside lower center", ncols=min(legend, len(handles)),
                    handletextpad=0.4, columnspacing=1.2, borderpad=0, borderaxespad=0.2)
     return fig
@@ -123,8 +134,8 @@ def _dodged(ax, data, row, series, value, **kwargs) -> list:
     return names
 
 
-def _told_apart(ax, data, value, filled: pd.Series, words: tuple[str, str]) -> None:
-    """A row each: points with intervals, filled where ``filled``; a kind is in the legend if there is one."""
+def _told_apart(ax, data, value, filled: pd.Series, words=("", "")) -> None:
+    """A row each: points with intervals, filled where ``filled``; a kind is in the legend if it has words."""
     place = np.arange(len(data))
     for mask, face, word in ((filled.to_numpy(), BLUE, words[0]), (~filled.to_numpy(), "white", words[1])):
         if mask.any():
@@ -190,9 +201,9 @@ def architecture() -> Drawing:
 
 @_figure
 def sae_training(log: pd.DataFrame) -> Drawing:
-    """Error, unexplained variance and dead features over optimiser steps, one line per ``run``."""
-    log = _need(log, "run", "step", "loss", "fvu", "dead_fraction").assign(dead=100 * log["dead_fraction"])
-    panels = {"loss": "normalised error", "fvu": "unexplained variance", "dead": "dead features (%)"}
+    """Error, unexplained variance and silent features over optimiser steps, one line per ``run``."""
+    log = _need(log, "run", "step", "loss", "fvu", "dead_fraction").assign(silent=100 * log["dead_fraction"])
+    panels = {"loss": "normalised error", "fvu": "unexplained variance", "silent": "silent features (%)"}
     fig, axes = _axes(PAGE, 2.2, 3)
     for ax, (column, text) in zip(axes, panels.items(), strict=True):
         for i, (run, part) in enumerate(log.groupby("run", sort=False)):
@@ -256,11 +267,10 @@ def feature_weights(features: pd.DataFrame) -> Drawing:
         ax.scatter([], [], s=18, label=f"{word} ({mask.sum()} features)", **look)
     ax.axvline(0, **THIN)
     ax.axhline(0, **THIN)
-    known = data.dropna(subset=["label"]).head(5)
-    names = list("ABCDE"[:len(known)])
-    _names_at(ax, known["preference_corr"], known["w"], names, xytext=(9, -7), ha="center", weight="bold")
-    words = [f"{name}  {_short(label, 30)}" for name, label in zip(names, known["label"], strict=True)]
-    ax.text(1.02, 0.98, "\n".join(words), transform=ax.transAxes, va="top", fontsize=SMALL, linespacing=1.5)
+    known = data.dropna(subset=["label"]).head(5).sort_values("w", ascending=False)
+    for height, row in zip(np.linspace(0.95, 0.05, len(known)), known.itertuples(), strict=True):
+        ax.annotate(_words(row.label, 30, 2), (row.preference_corr, row.w), (1.03, height), textcoords=ax.transAxes,
+                    va="center", fontsize=SMALL, arrowprops={"arrowstyle": "-", "color": GREY, "lw": 0.6})
     ax.margins(0.08)
     ax.set(xlabel="correlation with being chosen, within prompts", ylabel="head weight $w_i$")
     return _done(fig, "Head weights against what people prefer",
@@ -270,23 +280,21 @@ def feature_weights(features: pd.DataFrame) -> Drawing:
 
 @_figure
 def label_auroc(judged: pd.DataFrame) -> Drawing:
-    """Held-out AUROC of the best 16 labels, beside shuffled activity and judges that read no label."""
+    """Held-out AUROC of the best 12 labels, beside shuffled activity and judges that read no label."""
     data = _need(judged, "label", "auroc", "auroc_lo", "auroc_hi", "null_95", "reliable", "verdict")
     silent = int(data["verdict"].astype(str).str.startswith("abstained").sum())
     scored = data.dropna(subset=["auroc"]).sort_values("auroc", ascending=False)
     if not len(scored):
         raise DataError(f"no label has a held-out score: {silent} abstained, the others fire too rarely")
-    shown = scored.head(16).rename(columns={"auroc_lo": "lo", "auroc_hi": "hi"})
+    shown = scored.head(12).rename(columns={"auroc_lo": "lo", "auroc_hi": "hi"})
     place = np.arange(len(shown))
-    fig, ax = _axes(PAGE, 1.4 + 0.19 * len(shown))
+    fig, ax = _axes(PAGE, 1.5 + 0.28 * len(shown))
     _told_apart(ax, shown, "auroc", shown["reliable"] == 1, ("label, reliable", "label, not reliable"))
     trivial = shown[["auroc_length", "auroc_domain", "auroc_reward"]].max(axis=1)
     ax.plot(trivial, place, "^", ms=4.5, mfc="none", mec=ORANGE, label="length, domain or reward alone")
-    ax.plot(shown["null_95"], place, "|", ms=7, color=DARK, label="shuffled activity, 95th percentile")
-    names = shown["label"].astype(str).str.removeprefix("more often: ").map(lambda text: _short(text, 44))
-    _rows(ax, names + " (" + shown["feature"].astype(str) + ")", SMALL)
-    ax.axvline(0.5, ls=":", label="chance", **THIN)
-    ax.set(xlabel="held-out AUROC", xlim=(min(0.45, shown["lo"].min() - 0.02), 1.02))
+    _rows(ax, [f"{_words(row.label, 40, 2)} ({row.feature})" for row in shown.itertuples()], SMALL)
+    null = shown["null_95"].max()
+    ax.set_xlabel(f"held-out AUROC; chance is 0.5, and 95 % of shuffled\nactivities stay below {null:.2f}")
     return _done(fig, "How well labels predict where features fire, on prompts not seen before",
                  f"{data['reliable'].sum()} of {len(data)} labels are reliable; {silent} abstained; "
                  f"{len(data) - silent - len(scored)} could not be scored", legend=3)
@@ -319,27 +327,29 @@ def _dots(data, row: str, series: str, xlabel: str, title: str) -> Drawing:
 
 
 @_figure
-def figure3(table: pd.DataFrame, title="Rewards before and after steering") -> Drawing:
+def figure3(table: pd.DataFrame, title="Steering one feature") -> Drawing:
     """The paper's Figure 3: rewards before and after steering in T and C, and a tick for each that moved.
 
-    table: of :func:`sarmlib.sarm.steering.table_from_scores`.  Raises DataError when T or C is empty."""
+    table: of :func:`sarmlib.sarm.steering.table_from_scores`; title: what was steered, in words; the shares of T
+    and C that moved are added to it.  Raises DataError when T or C is empty."""
     table = _need(table, "reward", "reward_steered", "active", "is_target")
     both = np.r_[table["reward"], table["reward_steered"]]
     edges = np.linspace(both.min(), both.max() + 1e-9, 41)
-    fig, axes = _axes(PAGE, 2.6, 2, sharex=True, sharey=True)
-    words, target = [], table["is_target"].to_numpy(bool)
+    fig, axes = _axes(PAGE, 2.8, 2, sharex=True, sharey=True)
+    moved, target = [], table["is_target"].to_numpy(bool)
     for ax, mask, name in zip(axes, (target, ~target), ("(a) target set T", "(b) complement C"), strict=True):
         part = table[mask]
         if not len(part):
             raise DataError(f"{name[4:]} is empty; Figure 3 needs both sets")
         _before_after(ax, part["reward"], part["reward_steered"], edges)
         shift = part["reward_steered"] - part["reward"]
-        words.append(f"mean shift {shift.mean():+.2f}, {100 * (shift == 0).mean():.1f} % unchanged")
-        ax.set(title=f"{name}, n = {len(part)}\n{words[-1]}", xlabel="reward")
+        moved.append(f"{100 * (shift != 0).mean():.1f} % of {name[-1]}")
+        ax.set(title=f"{name}, n = {len(part)}\nmean shift {shift.mean():+.2f}", xlabel="reward")
     top = max(ax.dataLim.y1 for ax in axes)
     axes[0].set(ylabel="responses (%)", ylim=(-0.17 * top, 1.05 * top))
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if 0 <= tick <= 1.05 * top])
-    return _done(fig, title, f"T: {words[0]}; C: {words[1]}", legend=4)
+    panels = "; ".join(ax.get_title("left") for ax in axes)
+    return _done(fig, f"{title}: {moved[0]} moves, {moved[1]}", panels, legend=4)
 
 
 def _before_after(ax, before, after, edges) -> None:
@@ -395,6 +405,7 @@ def dose_response(data: pd.DataFrame, used: float) -> Drawing:
         _end_labels(ax, ends.values(), list(ends))
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick == 0 or abs(tick) >= small])
     axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].minorticks_off()
     end = data[data["dose"] == used]
     return _done(fig, "How far the factor moves rewards, and what it does to preferences",
                  f"At factor {used:g}", end["quantity"], end["value"], ".3g")
@@ -402,7 +413,7 @@ def dose_response(data: pd.DataFrame, used: float) -> Drawing:
 
 def _dose_axis(ax, doses, used: float) -> None:
     ax.set_xscale("symlog", linthresh=1)
-    ax.set_xticks([dose for dose in (-8, -2, 0, 2, 8, 40, 160) if doses.min() <= dose <= doses.max()])
+    ax.set_xticks([dose for dose in (-8, 0, 2, 8, 160) if doses.min() <= dose <= doses.max()])
     ax.xaxis.set_major_formatter("{x:g}")
     ax.minorticks_off()
     for dose, word, style, side in ((1, "unchanged", ":", "right"), (used, f"used: {used:g}", "--", "left")):
@@ -434,15 +445,16 @@ def selectivity(controls: pd.DataFrame) -> Drawing:
 
 @_figure
 def table1(data: pd.DataFrame) -> Drawing:
-    """Score per ``subset`` and ``model`` with interval (percent), and the paper's value of the subset."""
+    """Score per ``subset`` and ``model`` with interval (percent); the paper's values on their own axis."""
     data = _need(data, "model", "subset", "value", "paper")
-    fig, ax = _axes(PAGE, 2.5)
-    subsets = _dodged(ax, data, "subset", "model", "value", vertical=True)
-    printed = data.drop_duplicates("subset")["paper"]
-    ax.scatter(range(len(subsets)), printed, label="paper: SARM-4B, its own data", **PAPER)
-    ax.set_xticks(range(len(subsets)), ["Overall" if name == "overall" else name for name in subsets])
-    ax.grid(axis="y", lw=0.4, color=GRID)
-    ax.set(ylabel="score (%)", xlim=(-0.5, len(subsets) - 0.5))
+    printed = data.drop_duplicates("subset")
+    fig, axes = _axes(PAGE, 1.15 + 0.28 * len(printed), 2, sharey=True, width_ratios=[1.8, 1])
+    subsets = _dodged(axes[0], data, "subset", "model", "value")
+    axes[1].scatter(printed["paper"], range(len(subsets)), **PAPER)
+    for ax, title in zip(axes, ("this run (95 % over seeds)", "◇ the paper, 4B"), strict=True):
+        _rows(ax, ["Overall" if name == "overall" else name for name in subsets])
+        ax.set(xlabel="score (%)", title=title)
+        ax.margins(x=0.08)
     first = data[data["model"] == data["model"].iloc[0]]
     return _done(fig, "RewardBench 2 by subset", f"{first['model'].iloc[0]}, in percent", first["subset"],
                  first["value"], ".1f", legend=4)
@@ -472,13 +484,13 @@ def table2(data: pd.DataFrame) -> Drawing:
 def differences(data: pd.DataFrame, title="SARM against each of the others") -> Drawing:
     """Paired differences with interval (points of percent), one row per ``variant``; zero is marked."""
     data = _need(data, "variant", "value", "lo", "hi")
-    fig, ax = _axes(PAGE, 1.2 + 0.26 * len(data))
+    fig, ax = _axes(PAGE, 1.1 + 0.26 * len(data))
     ax.axvline(0, ls=":", **THIN)
     decided = (data["lo"] > 0) | (data["hi"] < 0)
-    _told_apart(ax, data, "value", decided, ("interval without 0", "interval with 0: undecided"))
+    _told_apart(ax, data, "value", decided)
     _rows(ax, data["variant"])
-    ax.set_xlabel("SARM minus the other (percentage points)")
-    return _done(fig, title, "SARM minus the other", data["variant"], data["value"], "+.1f", legend=3)
+    ax.set_xlabel("SARM minus the other, percentage points\n(hollow: undecided, the 95 % interval holds 0)")
+    return _done(fig, title, "SARM minus the other", data["variant"], data["value"], "+.1f")
 
 
 @_figure
@@ -494,7 +506,9 @@ def claims(verdicts: pd.DataFrame) -> Drawing:
     ax.hlines(place, marks["low"], marks["high"], color=DARK, lw=1.2, label="95 % interval")
     ax.vlines(marks["threshold"], place - 0.38, place + 0.38, ls="--", color=DARK, lw=1,
               label="threshold of the claim")
-    ax.hlines(place, marks["band_lo"], marks["band_hi"], color=SKY, alpha=0.45, lw=10, zorder=1,
+    middle = (marks["band_lo"] + marks["band_hi"]) / 2
+    reach = (marks["band_hi"] - marks["band_lo"]).abs().div(2).clip(lower=0.025)  # a band of one value shows too
+    ax.hlines(place, middle - reach, middle + reach, color=SKY, alpha=0.45, lw=10, zorder=1,
               label="band of earlier runs")
     for y, row in enumerate(data.itertuples()):
         interval = f" [{row.low:.2g}, {row.high:.2g}]" if row.low < row.high else ""
@@ -517,32 +531,74 @@ def _on_one_scale(data) -> pd.DataFrame:
 
 @_figure
 def waterfall(explanation) -> Drawing:
-    """How a reward, or the margin of a pair, adds up: one bar per feature from where the last one ended.
+    """Why an answer won, or got its reward: one bar per feature, from where the one above ends.
 
-    All but the first ten features are one bar, so that the bars always end at the reward."""
-    table, what = explanation.table, "margin" if "z_chosen" in explanation.table else "reward"
-    if not len(table):
-        raise DataError("nothing to draw: the reward has no active feature")
-    shown, more = table.head(10), explanation.n_active - min(10, len(table))
-    names = [f"{_short(word, 46)} ({feature})" if word else f"feature {feature}"
-             for feature, word in zip(shown["feature"], shown.get("label", [""] * len(shown)), strict=True)]
-    steps = shown["contribution"].tolist()
-    if more:
-        names.append(f"{more} more features")
-        steps.append(float(explanation.rest + table["contribution"].iloc[10:].sum()))
-    ends, place = np.cumsum(steps), np.arange(len(steps))
+    The ten labelled features that pay most; the smaller ones, and those without a label (if any has one), are
+    one bar each, so that the bars always end at the margin or reward.  Raises DataError without such features."""
+    parts, pair = _parts(explanation), "z_chosen" in explanation.table
+    if not parts:
+        raise DataError("nothing to draw: no active feature " + ("tells the answers apart" if pair else "pays"))
+    names, steps = [name for name, _ in parts], np.array([step for _, step in parts])
+    total = steps.sum()
+    form = "+.2f" if abs(total) >= 0.1 else "+.2g"
+    fig, ax = _axes(PAGE, 1.5 + (0.29 if pair else 0.22) * (len(steps) + 1))
+    _stairs(ax, steps, form, "the chosen answer" if pair else "the answer")
+    what = "margin: reward of the chosen answer\nminus that of the rejected" if pair else "reward"
+    _rows(ax, [*names, what], SMALL)
+    if not names[0].startswith("feature "):
+        ax.text(-0.01, 1.0, "features, by the words they go with", ha="right", va="bottom", color=GREY,
+                fontsize=SMALL, transform=ax.transAxes)
+    ax.set_xlabel("$w_i\\,(z_i^{chosen} - z_i^{rejected})$, added up" if pair else "$w_i\\,z_i$, added up")
+    return _done(fig, _question(explanation, total), f"The largest parts of {total:{form}}", names[:3], steps[:3],
+                 form, legend=2)
+
+
+def _stairs(ax, steps: np.ndarray, form: str, whom: str) -> None:
+    """A bar per step, for or against somebody, and a last one from zero to their sum."""
+    ends, place, look = np.cumsum(steps), np.arange(len(steps)), {"height": 0.62, "edgecolor": "white", "lw": 0}
     starts, total = ends - steps, ends[-1]
-    fig, ax = _axes(PAGE, 1.2 + 0.21 * (len(steps) + 1))
-    ax.barh(place, steps, left=starts, height=0.68, color=[BLUE if step >= 0 else ORANGE for step in steps],
-            hatch=["" if step >= 0 else "////" for step in steps], edgecolor="white", lw=0)
-    ax.vlines(ends, place - 0.34, place + 1.34, color=GREY, lw=0.6)
-    _names_at(ax, np.maximum(starts, ends), place, [f"{step:+.3g}" for step in steps])
-    ax.barh(len(steps), total, height=0.68, color=DARK)
-    _names_at(ax, [max(total, 0)], [len(steps)], [f"= {total:+.4g}"], weight="bold")
+    for mask, colour, hatch, word in ((steps >= 0, BLUE, "", "for"), (steps < 0, ORANGE, "////", "against")):
+        if mask.any():
+            ax.barh(place[mask], steps[mask], left=starts[mask], color=colour, hatch=hatch, label=f"{word} {whom}",
+                    **look)
+    ax.vlines(ends, place - 0.31, place + 1.31, color=GREY, lw=0.6)
+    _names_at(ax, np.maximum(starts, ends), place, [f"{step:{form}}" for step in steps])
+    ax.barh(len(steps), total, color=DARK, **look)
+    _names_at(ax, [max(total, 0)], [len(steps)], [f"= {total:{form}}"], weight="bold")
     ax.axvline(0, color=DARK, lw=0.7)
-    _rows(ax, [*names, what])
     ax.margins(x=0.1)
-    z = "z_i" if what == "reward" else "(z_i^{chosen} - z_i^{rejected})"
-    ax.set_xlabel(f"$w_i\\,{z}$, added up")
-    return _done(fig, f"How the {what} adds up over {explanation.n_active} features",
-                 f"Largest parts of {total:+.3f}", names[:3], steps[:3], "+.3f")
+
+
+def _question(explanation, total: float) -> str:
+    """What the waterfall answers."""
+    prompt, *answers = (f"“{_short(text, 70)}”" for text in (explanation.prompt, *explanation.answers))
+    outcome = "wins over" if total > 0 else "loses to" if total < 0 else "ties with"
+    ending = f" {outcome} {answers[1]}" if answers[1:] else f" gets the reward {total:+.2f}"
+    return f"{prompt if explanation.prompt else ''} Why {answers[0]}{ending}".strip()
+
+
+def _parts(explanation, most: int = 10) -> list[tuple[str, float]]:
+    """(words, contribution) of each bar; features that pay nothing have none."""
+    table = explanation.table[explanation.table["contribution"] != 0]
+    table = table.assign(label=table.get("label", ""))
+    labelled = table["label"].astype(bool) | ~table["label"].astype(bool).any()
+    named, unnamed = table[labelled], table[~labelled]["contribution"]
+    parts = [(_bar_words(row), row.contribution) for row in named.head(most).itertuples()]
+    more = explanation.n_active - len(explanation.table) + max(len(named) - most, 0)
+    smaller = explanation.rest + named["contribution"].iloc[most:].sum()
+    for n, words, value in ((len(unnamed), " without a label", unnamed.sum()), (more, " that pay less", smaller)):
+        if n:
+            parts.append((f"{n} feature{'s' * (n > 1)}{words}", value))
+    return parts
+
+
+def _bar_words(row) -> str:
+    """A feature's label; for a pair, below it, in which answer it fires and whether that answer gains by it."""
+    words = _words(row.label, 48) if row.label else f"feature {row.feature}"
+    number = f" ({row.feature})" if row.label else ""
+    if not hasattr(row, "z_chosen"):
+        return words + number
+    chosen, rejected = abs(row.z_chosen), abs(row.z_rejected)
+    side = "chosen" if chosen > rejected else "rejected"
+    where = f"{'stronger' if chosen and rejected else 'only'} in the {side} answer"
+    return f"{words}\n{where}, {'earns' if (row.contribution > 0) == (side == 'chosen') else 'costs'} reward{number}"

@@ -44,8 +44,8 @@ def seed_interval(values, low: float = -np.inf, high: float = np.inf) -> Interva
 
 
 def sae_table(run: Run) -> pd.DataFrame:
-    """Metrics of every SAE on held-out states of its own kind of position."""
-    return pd.DataFrame([{"positions": rule, "seed": seed, **run.sae(rule, seed).meta}
+    """Metrics of every SAE on held-out states of its own kind of position (``positions``, in words)."""
+    return pd.DataFrame([{"positions": POSITION_NAMES[rule], "seed": seed, **run.sae(rule, seed).meta}
                          for rule in _position_rules(run) for seed in run.profile.seeds])
 
 
@@ -116,8 +116,7 @@ def pair_accuracy(run: Run, variant: str, seed: int, shuffled: bool = False) -> 
 def feature_table(run: Run, seed: int) -> pd.DataFrame:
     """Features that are neither dead, rare nor dense, with the label of those whose label is reliable."""
     features, labels = run.contexts(seed).features(), run.label_table(seed)
-    reliable = labels[labels.reliable.astype(bool)].set_index("feature").label
-    words = reliable.str.split(";").str[0].str.removeprefix("more often: ")
+    words = labels[labels.reliable.astype(bool)].set_index("feature").label
     return features[features.kind == "usual"].assign(label=lambda table: table.feature.map(words))
 
 
@@ -285,6 +284,21 @@ def feature_meaning(one: Steering) -> pd.DataFrame:
              for name, true in _concepts(one.units).items() if not true.all()]
     table = pd.DataFrame(lines, columns=["concept", "n", "difference"])
     return table.sort_values("difference", ascending=False, ignore_index=True)
+
+
+def steering_title(run: Run, one: Steering) -> str:
+    """What was steered, in words: the feature with its label, if the run has labels and it has one, else (toy
+    world) the concept it fires in most, and the factor."""
+    made = ("labels", one.seed) in run.stored("labels")
+    labels = run.label_objects(one.seed) if made else []
+    said = {label.feature: label.text for label in labels if not label.abstained}
+    meaning = feature_meaning(one)
+    if one.feature in said:
+        terms = said[one.feature].removeprefix("more often: ").split("; less often: ")[0].split(", ")
+        words = f" ({', '.join(terms[:3])})"
+    else:
+        words = f" (fires most in {meaning.concept[0].replace(':', ': ')})" if len(meaning) else ""
+    return f"Steering feature {one.feature}{words} by a factor of {one.factor:g}"
 
 
 def steered_forward(run: Run, one: Steering, add: float = 0.0) -> dict[str, float]:

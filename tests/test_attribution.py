@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from transformers import AutoModel
 
 from sarmlib.errors import DataError, ModelError
 from sarmlib.sarm.attribution import explain, explain_pair
 from sarmlib.sarm.model import ScalarRewardModel
-from tests.tiny import conversation, tiny_backbone, tiny_sarm, tiny_tokenizer
+from tests.tiny import conversation, tiny_config, tiny_sarm, tiny_tokenizer
 
 TALK = conversation("w5 w6", "w7 w8 w9")
 
@@ -33,7 +34,11 @@ def test_an_explanation_reads_well_as_text():
     assert len(rows) == 2 and "politeness" in rows[0] and f"{found.table['z'][0]:+.2f}" in rows[0]
     same = explain_pair(tiny_sarm(), tiny_tokenizer(), "w5", "w6", "w6")  # every feature pays nothing
     assert str(same).startswith("margin +0.00 at token") and len(same.table) == 4 and "contribution +" not in str(same)
-    assert not any(str(feature) in str(same).partition("\n")[2].split() for feature in same.table["feature"])
+    assert str(same).endswith("= sum of 4 features (4 of them adding 0)")
+    bare, = {str(explain(tiny_sarm(), tiny_tokenizer(), TALK, labels=none)) for none in (None, {})}
+    assert bare.splitlines()[1].split() == ["feature", "z", "w", "contribution"]  # no column without words
+    assert (found.prompt, found.answers, same.answers) == ("w5 w6", ("w7 w8 w9",), ("w6", "w6"))
+    assert explain(tiny_sarm(), tiny_tokenizer(), TALK[1:]).prompt == ""
 
 
 def test_pair_differences_sum_to_the_margin():
@@ -50,7 +55,7 @@ def test_pair_differences_sum_to_the_margin():
 def test_what_cannot_be_explained_is_refused():
     tokenizer = tiny_tokenizer()
     with pytest.raises(ModelError, match="no sparse features"):
-        explain(ScalarRewardModel.from_backbone(tiny_backbone()), tokenizer, TALK)
+        explain(ScalarRewardModel.from_backbone(AutoModel.from_config(tiny_config())), tokenizer, TALK)
     with pytest.raises(DataError, match="top must be"):
         explain(tiny_sarm(), tokenizer, TALK, top=0)
     with pytest.raises(DataError, match="role 'user'"):

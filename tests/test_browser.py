@@ -125,10 +125,14 @@ def test_the_index_links_every_live_feature_and_every_link_leads_to_a_page(pages
 def test_a_page_shows_label_histogram_and_examples_before_numbers(pages, made):
     contexts, _, judged = made
     html, row = pages[f"feature-{APPLE}.html"], judged.set_index("feature").loc[APPLE]
-    parts = ["<h1>more often: “apple”", "✓ reliable", "<svg", "Where it fires most", "<h2>Numbers", "Words behind"]
+    parts = ["<h1>more often: “apple”", "✓ reliable", "<svg", "Where it fires most", "Where its label is wrong",
+             "<h2>Numbers", "Words behind"]
     places = [html.index(part) for part in parts]
     assert places == sorted(places)
     assert html[places[3]:places[4]].count('class="unit"') == 3
+    wrong = html[places[4]:places[5]].split("<h3>")[1:]
+    assert [part.split(",")[0] for part in wrong] == ["Silent"]  # apple, and yet not active: one in 20 (no misses)
+    assert all("apple" in text and "z 0 · <span" in text for text in wrong[0].split('class="unit"')[1:])
     assert f"{row.auroc:.3f} [{row.auroc_lo:.3f}, {row.auroc_hi:.3f}]" in html
     z = contexts.activation(APPLE)
     shown = [float(value) for value in re.findall(r"z ([\d.]+) \(decile", html)]
@@ -141,8 +145,9 @@ def test_pairs_add_up_and_wrong_rewards_are_told(pages, made, tmp_path):
     verdicts = re.findall(r"<h1>Pair \d: decided (\w+)", "".join(pages.values()))
     assert sorted(verdicts) == ["rightly"] * 3 + ["wrongly"] * 3
     page = Page(pages["pair-1.html"]).text
-    assert "Exact: the contributions" in page and "Prompt\nprompt" in page and "more features" in page
-    assert "“" in "".join(pages[f"pair-{i}.html"] for i in range(1, 7))  # labels in the waterfall
+    assert "Exact: the contributions" in page and "Prompt\nprompt" in page
+    labelled = [bars for i in range(1, 7) if "“" in (bars := pages[f"pair-{i}.html"].partition("each feature paid")[2])]
+    assert labelled and all("features without a label" in bars and ">feature " not in bars for bars in labelled)
     values = [float(v) for v in re.findall(r'class="value">([-+\d.e]+)<', pages["pair-1.html"])]
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.02)
     index = contexts.index.copy()
@@ -167,7 +172,7 @@ def test_a_folder_is_replaced_only_when_it_was_written_here(made, tmp_path):
         with pytest.raises(ConfigError, match="no feature browser"):
             write_browser(taken, made[0])
     assert (mine / "thesis.txt").read_text() == "years of work"
-    with pytest.raises(DataError, match="every feature is dead"):
+    with pytest.raises(DataError, match="no feature fires"):
         write_browser(target, contexts_of(made[0].z * 0, made[0].index))
     for _ in range(2):
         write_browser(target, made[0], [Label(APPLE, "apples", kind="llm")], n_pairs=0)

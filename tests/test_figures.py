@@ -46,7 +46,9 @@ def tables():
         columns=["id", "title", "value", "low", "high", "threshold", "direction", "verdict", "band_lo", "band_hi"])
     probe = pd.DataFrame({"attribute": ["truth", "a much longer attribute name"] * 2,
                           "model": ["pretrained"] * 2 + ["random"] * 2, "auroc": [0.9, 0.95, 0.5, 0.6]})
-    parts = pd.DataFrame({"feature": range(20), "contribution": [1.0, -0.4] + [0.05] * 18, "label": ["a label"] * 20})
+    parts = pd.DataFrame({"feature": range(20), "contribution": [1.0, -0.4, *[0.05] * 17, 0.0],
+                          "z_chosen": [0.0, 1.0] + [2.0] * 18, "z_rejected": [1.0, 0.0] + [2.5] * 18,
+                          "label": ["", *["more often: “a $”, “b $”, " + "“long term”, " * 9 + "x"] * 19]})
     return {
         "log": pd.DataFrame({"run": ["sentence ends"] * 5 + ["all tokens"] * 5, "step": [*range(5)] * 2,
                              "loss": np.linspace(1, 0.2, 10), "fvu": np.linspace(1, 0.2, 10), "dead_fraction": 0.4}),
@@ -63,7 +65,8 @@ def tables():
                                   "hi": [106.0, 65, 72], "points": [[91, 95], [58, 62], [69, 71]],
                                   "paper": [73.6, 68.4, np.nan]}),
         "gaps": pd.DataFrame({"variant": VARIANTS[1:], "value": [2.0, -1.0], "lo": [0.5, -2.0], "hi": [3.5, 0.5]}),
-        "explanation": SimpleNamespace(table=parts, rest=0.0, reward=parts.contribution.sum(), n_active=20)}
+        "explanation": SimpleNamespace(table=parts, rest=0.0, reward=parts.contribution.sum(), n_active=20,
+                                       prompt="What costs $5?", answers=("a cake", "b " * 90))}
 
 
 ARGUMENTS = {"dose_response": {"used": 5}}
@@ -96,6 +99,7 @@ def test_every_figure_is_drawn_inside_its_page(tables, name):
         assert ax.yaxis.label.get_window_extent().height <= box.height + 2, ax.get_ylabel()
     assert min(text.get_fontsize() for text in _texts(fig)) >= figures.SMALL
     assert len(fig.alt) > 40 and "nan" not in fig.alt
+    assert all(len(legend.get_texts()) > 1 for legend in fig.legends) and (name != "differences" or not fig.legends)
     data, meta = fig._repr_mimebundle_()
     assert data["image/png"][:4] == b"\x89PNG" and meta["image/png"]["alt"] == fig.alt
 
@@ -106,7 +110,8 @@ def test_saving_writes_four_files_byte_for_byte_and_returns_the_figure(tables, t
         fig = figures.figure3(tables["steered"])
         for _ in range(2):
             assert figures.save(fig, data, "fig3", tmp_path / folder, note="toy profile") is fig
-    assert [text.get_text() for text in _texts(fig)].count("toy profile") == 1
+    note, = (text for text in _texts(fig) if text.get_text() == "toy profile")
+    assert note.get_in_layout()  # else a tight page cuts it in half
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["fig3.csv", "fig3.pdf", "fig3.png", "fig3.txt"]
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes(), path.name
@@ -129,7 +134,8 @@ def test_figure3_draws_counts_on_shared_bins_and_a_tick_per_moved_response(table
     moved = tables["steered"].query("reward != reward_steered")
     ticks = [len(lines.get_segments()) for ax in (left, right) for lines in ax.collections]
     assert ticks == [moved.is_target.sum()] * 2 + [(~moved.is_target).sum()] * 2
-    assert "0.0 % unchanged" in left.get_title("left") and "100.0 % unchanged" in right.get_title("left")
+    assert "mean shift +" in left.get_title("left") and "mean shift +0.00" in right.get_title("left")
+    assert fig.alt.startswith("Steering one feature: 100.0 % of T moves, 0.0 % of C.")
     assert {"before", "after"} <= {text.get_text() for text in fig.legends[0].get_texts()}
 
 
@@ -137,6 +143,15 @@ def test_label_figure_counts_what_it_cannot_draw(tables):
     assert "1 abstained; 1 could not be scored" in figures.label_auroc(tables["judged"]).alt
     with pytest.raises(DataError, match="1 abstained"):
         figures.label_auroc(tables["judged"].assign(auroc=np.nan))
+
+
+def test_a_label_is_cut_between_terms_and_the_papers_scores_have_their_own_axis(tables):
+    terms = "more often: “a term”, digits, “another”, “x”; less often: “y”"
+    names = figures.label_auroc(tables["judged"].assign(label=terms)).axes[0].get_yticklabels()
+    assert names[0].get_text() == "“a term”, digits, “another”, “x” (0)"
+    assert figures._words(terms, 20) == "“a term”, digits"
+    ours, paper = figures.table1(tables["scores"]).axes
+    assert ours.dataLim.x0 >= 80 and paper.collections[0].get_offsets()[:, 0].tolist() == [70.0] * len(SUBSETS)
 
 
 def test_direct_labels_do_not_overlap(tables):
@@ -154,14 +169,23 @@ def test_claims_are_turned_so_that_right_is_for_the_claim(tables):
     thresholds = [path.vertices[0, 0] for path in fig.axes[0].collections[1].get_paths()]
     assert holds > thresholds[0] and fails < thresholds[1]
     assert [t.get_text()[:2] for t in fig.axes[0].get_yticklabels()] == ["C1", "C2", "C3"]
+    bands = [np.ptp(path.vertices[:, 0]) for path in fig.axes[0].collections[2].get_paths() if len(path.vertices)]
+    assert len(bands) == 3 and min(bands) > 0.02  # also one of no width
 
 
-def test_the_waterfall_ends_at_the_reward(tables):
+def test_the_waterfall_says_why_an_answer_won_and_ends_at_the_margin(tables):
     explanation = tables["explanation"]
     fig = figures.waterfall(explanation)
-    bars = [p for p in fig.axes[0].patches if p.get_height() == pytest.approx(0.68)]
-    assert len(bars) == 12 and bars[-1].get_width() == pytest.approx(explanation.reward)
-    assert "10 more features" in [text.get_text() for text in _texts(fig)] and any(p.get_hatch() for p in bars)
+    bars = [p for p in fig.axes[0].patches if p.get_height() == pytest.approx(0.62)]
+    assert len(bars) == 13 and bars[-1].get_width() == pytest.approx(explanation.reward)
+    names = [text.get_text() for text in fig.axes[0].get_yticklabels()]
+    assert names[0] == r"“a \$”, “b \$”, “long term”, “long term”" + "\nonly in the chosen answer, costs reward (1)"
+    assert names[1].endswith("stronger in the rejected answer, costs reward (2)")
+    assert names[10:12] == ["1 feature without a label", "8 features that pay less"]
+    assert any(bar.get_hatch() for bar in bars)
+    assert fig.alt.startswith("“What costs $5?” Why “a cake” wins over “b b ") and "…" not in "".join(names)
+    bare = SimpleNamespace(**{**vars(explanation), "table": explanation.table.assign(label="")})
+    assert figures.waterfall(bare).axes[0].get_yticklabels()[0].get_text().startswith("feature 0\nonly in the rejected")
 
 
 @pytest.mark.parametrize("draw, message", [
@@ -169,7 +193,8 @@ def test_the_waterfall_ends_at_the_reward(tables):
     (lambda: figures.figure3(pd.DataFrame({"reward": [0.0, 1], "reward_steered": [0.0, 1], "active": [False, False],
                                            "is_target": [True, True]})), "complement C is empty"),
     (lambda: figures.table1(pd.DataFrame(columns=["model", "subset", "value", "paper"])), "empty table"),
-    (lambda: figures.waterfall(SimpleNamespace(table=pd.DataFrame(), rest=0.0)), "no active feature")])
+    (lambda: figures.waterfall(SimpleNamespace(table=pd.DataFrame({"contribution": [0.0]}), n_active=1, rest=0.0)),
+     "no active feature")])
 def test_what_cannot_be_drawn_is_refused(draw, message):
     with pytest.raises(DataError, match=message):
         draw()

@@ -119,6 +119,7 @@ def test_tables_hold_every_variant(run):
     assert list(wide.columns) == ["overall", *rewardbench2.SUBSETS] and list(wide.index) == table.variant.tolist()
     assert wide.loc["SARM", "overall"] == pytest.approx(100 * row.rewardbench2)
     assert set(results.reward_training(run).variant) == set(table.variant)
+    assert set(results.sae_table(run).positions) == {"sentence ends"}
     second = results.table2(run).set_index("variant").loc["SARM"]
     assert np.mean(second.points) == pytest.approx(second.value) and 0 <= second.lo <= second.value <= second.hi <= 100
     first = results.table1(run)
@@ -191,6 +192,8 @@ def test_steering_chooses_on_rm_bench_safety_and_moves_rewardbench2(run, one):
     assert one.scores.s.iloc[0] == pytest.approx(s[one.feature]) and one.factor == run.profile.steering.factor
     assert set(one.units.benchmark) == {"rewardbench2"} and one.target.sum() == 8
     assert set(one.table.category) == {"T", "safety, rejected", "not safety"}
+    title = results.steering_title(run, one)
+    assert title.startswith(f"Steering feature {one.feature} (") and title.endswith(f"by a factor of {one.factor:g}")
 
 
 def test_prompts_that_rewardbench2_asks_too_choose_nothing(run, monkeypatch):
@@ -253,7 +256,7 @@ def test_the_released_scores_give_the_published_shift_and_the_confound():
     assert (matched["n_target"], matched["n_other"]) == (241, 44)
     assert (matched["target_shift"], matched["other_shift"]) == pytest.approx((1.59, 1.54), abs=5e-3)
     assert matched["lo"] < 0 < matched["hi"] and t["shift"] - c["shift"] > 0.5
-    assert "70.7 % unchanged" in figures.figure3(table).axes[0].get_title("left")
+    assert "29.3 % of T moves" in figures.figure3(table).alt
 
 
 @pytest.mark.parametrize("text", ["[1]", "{", json.dumps({"1": {"reward": 1.0}})])

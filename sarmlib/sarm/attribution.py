@@ -24,17 +24,29 @@ class Explanation:
     rest: float  # sum of the contributions that `top` left out of the table
     token: str  # the rewarded token, whose state the features describe
     n_active: int  # active features, also those left out of the table
+    prompt: str  # the last turn before the answer, if any
+    answers: tuple[str, ...]  # the answer (for a pair: chosen, rejected)
 
     def __str__(self) -> str:
-        name = "margin" if "z_chosen" in self.table else "reward"
-        table = self.table.loc[self.table["contribution"] != 0]  # equal in a pair: pays nothing
-        if "label" in table:  # in front, at a width that a terminal holds
-            words = [f"{label[:47]}…" if len(label) > 48 else label for label in table["label"]]
-            table = table.assign(label=words).set_index(["label", "feature"]).reset_index()
-        more = self.n_active - len(self.table)
-        left_out = f" ({more} more features: {self.rest:+.2f})" if more else ""
+        name, table = "margin" if "z_chosen" in self.table else "reward", self.table
+        paying = table["contribution"] != 0
+        zero, more = (~paying).sum(), self.n_active - len(table)
+        counted = ((zero, f"{zero} of them adding 0"), (more, f"{more} more features: {self.rest:+.2f}"))
+        notes = [words for n, words in counted if n]
         total = f"{name} {self.reward:+.2f} at token {self.token!r} = sum of {self.n_active} features"
-        return f"{total}{left_out}\n{table.to_string(index=False, float_format='{:+.2f}'.format)}"
+        lines = [f"{total} ({'; '.join(notes)})" if notes else total]
+        if paying.any():
+            lines.append(_worded(table[paying]).to_string(index=False, float_format="{:+.2f}".format))
+        return "\n".join(lines)
+
+
+def _worded(table: pd.DataFrame) -> pd.DataFrame:
+    """The labels in front, at a width that a terminal holds; no such column when no feature has one."""
+    if "label" not in table or not table["label"].any():
+        return table.drop(columns="label", errors="ignore")
+    words = [label.removeprefix("more often: ") or "(no label)" for label in table["label"]]
+    words = [f"{label[:47]}…" if len(label) > 48 else label for label in words]
+    return table.assign(label=words).set_index(["label", "feature"]).reset_index()
 
 
 def explain(model, tokenizer, conversation: Sequence[dict], top: int | None = None, *, max_length: int = 2048,
@@ -46,7 +58,7 @@ def explain(model, tokenizer, conversation: Sequence[dict], top: int | None = No
     """
     (reward, table, token), = _features(model, tokenizer, [conversation], max_length)
     table["contribution"] = table["z"] * table["w"]
-    return _explanation(reward, table, token, top, labels)
+    return _explanation(reward, table, token, top, labels, conversation[:-1], conversation[-1]["content"])
 
 
 def explain_pair(model, tokenizer, prompt: str | Sequence[dict], chosen: str, rejected: str,
@@ -59,7 +71,7 @@ def explain_pair(model, tokenizer, prompt: str | Sequence[dict], chosen: str, re
     table = table.merge(other, on=["feature", "w"], how="outer", suffixes=("_chosen", "_rejected"))
     table = table[["feature", "z_chosen", "z_rejected", "w"]].fillna(0.0)
     table["contribution"] = table["w"] * (table["z_chosen"] - table["z_rejected"])
-    return _explanation(reward - other_reward, table, token, top, labels)
+    return _explanation(reward - other_reward, table, token, top, labels, prompt, chosen, rejected)
 
 
 def _features(model, tokenizer, conversations, max_length: int) -> list[tuple[float, pd.DataFrame, str]]:
@@ -76,7 +88,8 @@ def _features(model, tokenizer, conversations, max_length: int) -> list[tuple[fl
     return found
 
 
-def _explanation(reward: float, table: pd.DataFrame, token: str, top, labels) -> Explanation:
+def _explanation(reward: float, table: pd.DataFrame, token: str, top, labels,
+                 turns: Sequence[dict], *answers: str) -> Explanation:
     if top is not None and top < 1:
         raise DataError(f"top must be at least 1, got {top}")
     total, size = table["contribution"].sum(), table["contribution"].abs().sum()
@@ -87,4 +100,6 @@ def _explanation(reward: float, table: pd.DataFrame, token: str, top, labels) ->
     if labels is not None:
         table.insert(1, "label", [labels.get(int(feature), "") for feature in table["feature"]])
     kept = table if top is None else table.head(top)
-    return Explanation(reward, kept, float(table["contribution"].iloc[len(kept):].sum()), token, len(table))
+    rest = float(table["contribution"].iloc[len(kept):].sum())
+    prompt = turns[-1]["content"] if turns else ""
+    return Explanation(reward, kept, rest, token, len(table), prompt, answers)
