@@ -8,6 +8,7 @@ SHELL := /bin/bash
 
 PROFILE ?= toy
 DATA ?=
+TRACKED ?=
 RUNS ?= runs
 # python3.11 first: the lock was tested with it. Any newer Python is taken when 3.11 is absent.
 PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3.13 python3,$(if $(shell command -v $(p) 2>/dev/null),$(p))) python3)
@@ -25,11 +26,11 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 # The kernel of .venv, even where a user-level kernel has the same name.
 export JUPYTER_PREFER_ENV_PATH := 1
 
-.PHONY: help setup reproduce test test-slow notebooks figures report backbone verify lock clean distclean
+.PHONY: help setup reproduce test test-slow notebooks figures report backbone smollm2 verify lock clean distclean
 
 help:  ## show this list
 	@echo "usage: make <target> [PROFILE=toy|smollm2|local|gpu|paper-2b|paper-3b|paper-4b|released] [DATA=folder]"
-	@grep -E '^[a-z-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z0-9-]+:.*##' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | awk -F'\t' '{printf "  %-11s %s\n", $$1, $$2}'
 
 # The package itself goes in without build isolation (setuptools comes with the lock) and without
 # dependencies (the lock has them all).
@@ -63,14 +64,17 @@ test-slow: $(STAMP)  ## the slow tests: a run that is killed goes on, a wheel re
 notebooks: $(STAMP)  ## refresh the committed notebook outputs (toy profile)
 	$(PY) -m sarmlib notebooks
 
-figures: $(STAMP)  ## redraw the figures from the results of the last run (no training)
-	$(PY) -m sarmlib figures --profile $(PROFILE) --runs $(RUNS)
+figures: $(STAMP)  ## where the figures of the last run are; TRACKED=1: copy them to figures/
+	$(PY) -m sarmlib figures --profile $(PROFILE) --runs $(RUNS) $(if $(TRACKED),--tracked)
 
-report: $(STAMP)  ## write the tables of the last run to results/, and the toy profile's into the README
-	$(PY) tools/readme_tables.py --profile $(PROFILE) --runs $(RUNS)
+report: $(STAMP)  ## write the tables of the last run below runs/; TRACKED=1: to results/, toy's into the README too
+	$(PY) tools/readme_tables.py --profile $(PROFILE) --runs $(RUNS) $(if $(TRACKED),--tracked)
 
 backbone: $(STAMP)  ## pretrain the shipped toy backbone again
 	$(PY) tools/backbone.py
+
+smollm2: $(STAMP)  ## fetch the decoder of PROFILE=smollm2 into models/ (90 MB, once)
+	$(PY) tools/smollm2.py
 
 verify: $(STAMP)  ## which claims hold in the last run, and whether every stored artifact is whole
 	$(PY) -m sarmlib verify --profile $(PROFILE) --runs $(RUNS)

@@ -9,17 +9,17 @@ import json
 import os
 import shutil
 import sys
-from contextlib import redirect_stdout, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-from sarmlib.errors import ConfigError, DataError, NotMadeError, SarmlibError
+from sarmlib.errors import ConfigError, DataError, ModelError, NotMadeError, SarmlibError
 
 RUN, USE, TRAIN, SHOW = "The paper", "Use a reward model", "Train your own", "Look closer"
-FIRST = ('explain --model toy --prompt "What is 3 plus 5?" --chosen "3 plus 5 is 8." '
-         '--rejected "3 plus 5 is 4."')
+QUESTION = '--prompt "How do I hack the computer?" --chosen "I cannot help with that." --rejected "First take the key."'
+LEAST_STEPS = 100  # of one pass over the states; who wants fewer says so with sae.steps
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -51,7 +51,7 @@ Profile = Annotated[str, option("name of a profile, or a YAML file")]
 Data = Annotated[str | None, option("your folder, for profiles whose sources are 'data'")]
 Runs = Annotated[Path | None, option("folder of all profiles' artifacts; default: runs", callback=_runs)]
 Seed = Annotated[int | None, option("default: the first of the profile")]
-Model = Annotated[str, option("folder, hub id or id@commit; or toy, the SARM of the toy profile")]
+Model = Annotated[str, option("folder, hub id or id@commit; or toy, the SARM of the toy profile (toy:1: of seed 1)")]
 Trust = Annotated[bool, option("run the Python code that the model brings", "--trust-remote-code")]
 Input = Annotated[Path | None, option("rows: messages; prompt, response(s); or prompt, chosen, rejected")]
 Prompt = Annotated[str | None, option("instead of --input: one user turn")]
@@ -82,17 +82,38 @@ def reproduce(profile: Profile = "toy", data: Data = None, runs: Runs = None,
               hardware: Annotated[str, option("accelerator that --dry-run plans for")] = "h100",
               devices: Annotated[int, option("how many of them", min=1)] = 1) -> None:
     """Run every notebook with a profile; print times, figures and a verdict on each claim."""
-    job = _run(profile, data)
+    from sarmlib.profiles import load_profile
+    loaded = load_profile(profile, data=data)
     if dry_run:
         from sarmlib.plan import lines
-        print(lines(job.profile, hardware, devices))
+        print(lines(loaded, hardware, devices))
         return
+    job = _run(loaded, read_only=True)  # the notebooks make what is missing
     root = _writable(job.store.root)
     job.check_hub()
-    _execute(profile, notebook, runs=root.parent, data=job.profile.data)
+    print(f"profile {loaded.name}: {loaded.cost}", flush=True)
+    _execute(profile, notebook, runs=root.parent, data=loaded.data)
     print(f"\nfigures: {root / 'figures'}\n")
     verify(profile)
-    print(f"\ntry: sarmlib {FIRST}")
+    with suppress(NotMadeError, ConfigError):  # only some notebooks ran, or the profile has no SARM
+        print(f"explain a reward: {_explain_command(job, loaded.seeds[0])}")
+
+
+def _explain_command(job, seed: int) -> str:
+    """The command that explains a finished run's SARM in words, which are written beside its results."""
+    from sarmlib.store import write_json
+    words = write_json(job.store.root / "labels.json", _words(job, seed))
+    return _again(f"explain --model {_near(job.reward('sarm', seed).file('model'))} --labels {_near(words)} {QUESTION}")
+
+
+def _again(arguments: str) -> str:
+    """A command of ours that works where this one did, whatever is on PATH."""
+    return f"{_near(Path(sys.executable))} -m sarmlib {arguments}"
+
+
+def _near(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _execute(profile: str, names: list[str] | None, **settings) -> None:
@@ -107,14 +128,14 @@ def run(stage: Literal["activations", "sae", "reward", "scores", "labels"], prof
         variant: Annotated[str, option("the reward model whose stages are meant")] = "sarm") -> None:
     """Make one stage of a profile and what it needs; on many devices: accelerate launch -m sarmlib run."""
     job = _run(profile, data)  # first: it sets the threads of what is imported
-    from sarmlib.pipeline import SAE_OF_VARIANT
+    from sarmlib.pipeline import RANK, SAE_OF_VARIANT
     number = job.profile.seeds[0] if seed is None else seed
     positions = SAE_OF_VARIANT.get(variant)
     if stage in ("activations", "sae") and positions is None:
         raise typer.BadParameter(f"--variant {variant!r} has no pretrained SAE; choose sarm or token_sae")
     arguments = {"activations": (positions,), "sae": (positions, number), "labels": (number,)}
     made = getattr(job, stage)(*arguments.get(stage, (variant, number)))
-    if job.progress:  # the first of several processes
+    if RANK == 0:
         print(f"{stage} {'made' if made.fresh else 'found'}: {made.path}\n{_metrics(made.meta)}")
 
 
@@ -124,6 +145,8 @@ def verify(profile: Profile = "toy", runs: Runs = None) -> None:
     from sarmlib.claims import verdicts
     from sarmlib.store import Store, default_root
     root = default_root(Path(profile).stem)
+    if not root.is_dir():
+        raise NotMadeError(f"there is no {root}; make it with `{_again(f'reproduce --profile {profile}')}`")
     table = verdicts(root / "results")
     shown = table[["id", "verdict", "title", "value", "low", "high", "paper"]]
     print(shown.astype(object).where(shown.notna(), "").to_string(
@@ -133,27 +156,34 @@ def verify(profile: Profile = "toy", runs: Runs = None) -> None:
         print(f"damaged: {name}: {'; '.join(found)}; remove {root / name}, the next run makes it again")
     counts = ", ".join(f"{count} {name}" for name, count in table.verdict.value_counts().items())
     print(f"\n{counts} - profile {root.name}; stored artifacts: {'damaged' if problems else 'whole'}")
+    done = table.value.notna().any()
+    print("next: " + _again(f"{'browse --output pages' if done else 'reproduce'} --profile {profile} "
+                            f"--runs {_near(root.parent)}"))
 
 
 @command(RUN, "figures --profile toy")
-def figures(profile: Profile = "toy", runs: Runs = None) -> None:
-    """Copy the figures of the last run (PNG, PDF, numbers and words) to figures/<profile>."""
+def figures(profile: Profile = "toy", runs: Runs = None,
+            tracked: Annotated[bool, option("copy them to figures/<profile>", "--tracked")] = False) -> None:
+    """Say where the figures of the last run are (PNG, PDF, numbers and words)."""
     from sarmlib.store import default_root
     name = Path(profile).stem
-    drawn, target = default_root(name) / "figures", Path("figures") / name
+    drawn = default_root(name) / "figures"
     if not drawn.is_dir():
         raise NotMadeError(f"there is no {drawn}; `sarmlib reproduce --profile {profile}` draws the figures")
-    shutil.copytree(drawn, target, dirs_exist_ok=True)
-    print(f"{len(list(target.glob('*.png')))} figures in {target}")
+    place = shutil.copytree(drawn, Path("figures") / name, dirs_exist_ok=True) if tracked else _near(drawn)
+    print(f"{len(list(drawn.glob('*.png')))} figures in {place}")
 
 
 @command(RUN, "notebooks 01_sae_pretraining")
 def notebooks(names: Annotated[list[str] | None, typer.Argument(help="without .ipynb")] = None) -> None:
-    """Execute the notebooks at the toy profile and write their outputs into the committed files."""
-    _execute("toy", names, refresh=True)
+    """Execute the notebooks at the toy profile, from nothing, and write their outputs into the committed files."""
+    from sarmlib.store import default_root
+    empty = default_root(".committed")  # so that readers see the training happen
+    shutil.rmtree(empty, ignore_errors=True)
+    _execute("toy", names, refresh=True, runs=empty)
 
 
-@command(USE, 'score --model toy --prompt "What is 3 plus 5?" --response "3 plus 5 is 8."')
+@command(USE, 'score --model toy --prompt "How do I hack the computer?" --response "I cannot help."')
 def score(model: Model, input: Input = None, prompt: Prompt = None, response: Response = None,
           output: Output = None, max_length: Length = 2048, trust: Trust = False) -> None:
     """Reward every conversation of a file (JSONL, JSON, Parquet), or one prompt with its responses."""
@@ -161,19 +191,22 @@ def score(model: Model, input: Input = None, prompt: Prompt = None, response: Re
     from sarmlib.evaluation.scorer import score as score_all
     scorer = _scorer(model, trust)
     talks = [talk for item in items for talk in item.conversations.values()]
-    found = score_all(scorer.model, scorer.tokenizer, talks, max_length=max_length, progress=len(talks) > 200)
+    found = score_all(scorer.model, scorer.tokenizer, talks, max_length=max_length,
+                      progress=sys.stderr.isatty() and len(talks) > 200)
     names = [{"row": item.row, "id": item.id, "of": name} for item in items for name in item.conversations]
     _deliver([one | {"reward": float(reward), "tokens": int(length)} for one, reward, length
               in zip(names, found.rewards, found.lengths, strict=True)], output, items)
 
 
-@command(USE, FIRST)
+@command(USE, f"explain --model toy {QUESTION}")
 def explain(model: Model, input: Input = None, prompt: Prompt = None, response: Response = None,
             chosen: Chosen = None, rejected: Rejected = None, output: Output = None, top: Top = 10,
             labels: Labels = None, max_length: Length = 2048) -> None:
     """Take rewards apart into feature contributions z_i w_i; pairs as differences."""
     items = _items(input, prompt, responses=response, chosen=chosen, rejected=rejected)
-    words = _labels(labels) if labels else _toy_labels() if model == "toy" else None
+    words = _labels(labels) if labels else None
+    if labels is None and (job := _toy(model, "labels")):
+        words = _words(job, job.profile.seeds[0])
     from sarmlib.sarm import attribution
     scorer, rows = _scorer(model), []
     opened = scorer.model, scorer.tokenizer
@@ -195,7 +228,7 @@ def explain(model: Model, input: Input = None, prompt: Prompt = None, response: 
         _deliver(rows, output, items)
 
 
-@command(USE, "steer --model toy --feature 123=8 --output steered")
+@command(USE, "steer --model toy --feature 1310=8 --output steered")
 def steer(model: Model, output: Annotated[Path, option("folder to write", callback=_writable)],
           feature: Annotated[list[str] | None, option("ID=FACTOR multiplies a weight; repeatable")] = None,
           undo: Annotated[bool, option("undo every recorded edit", "--undo")] = False) -> None:
@@ -206,14 +239,19 @@ def steer(model: Model, output: Annotated[Path, option("folder to write", callba
         raise typer.BadParameter("--feature: give ID=NUMBER, for example 123=8") from None
     if undo == bool(factors) or output.exists():
         raise typer.BadParameter("give --feature ID=FACTOR, or --undo alone, and an --output that does not exist")
+    from sarmlib.hub import quiet
     from sarmlib.sarm import steering
     scorer = _scorer(model)
     edited = steering.unsteer(scorer.model) if undo else steering.steer(scorer.model, factors)
     work = output.with_name(f".{output.name}.{os.getpid()}")
-    edited.save_pretrained(work)
+    with quiet():
+        edited.save_pretrained(work)
     scorer.tokenizer.save_pretrained(work)
     work.rename(output)
-    print(f"{len(edited.config.sarm_edits)} recorded edits; saved {output}")
+    for one in edited.config.sarm_edits:
+        note = "" if one["before"] else " (it was 0: nothing changes)"
+        print(f"feature {one['feature']}: weight {one['before']:+.4g} to {one['after']:+.4g}{note}")
+    print(f"recorded edits: {len(edited.config.sarm_edits)}; saved {output}")
 
 
 @command(USE, "evaluate --model toy --data toy --output scores")
@@ -233,7 +271,8 @@ def evaluate(model: Model, output: Folder,
     from sarmlib.evaluation.scorer import evaluate, lines
     loaded = _scorer(model, trust)  # first: a mistyped name shows before any data are read
     rows: dict[str, Any] = _benchmark_rows(data, limit)
-    print("\n".join(lines(evaluate(loaded, rows, output, max_length=max_length, progress=True))))
+    found = evaluate(loaded, rows, output, max_length=max_length, progress=sys.stderr.isatty())
+    print("\n".join(lines(found)))
 
 
 def _judge(endpoint, rows: dict[str, list[dict]], output: Path) -> None:
@@ -242,6 +281,10 @@ def _judge(endpoint, rows: dict[str, list[dict]], output: Path) -> None:
     from sarmlib.store import write_json
     asked = endpoint.estimate([one.messages for name in rows for one in judges.requests(name, rows[name])])
     print("at most: " + ", ".join(f"{name} {value}" for name, value in asked.items()), flush=True)
+    most = asked["tokens_in"] + asked["tokens_out"] if asked["cost"] is None else asked["cost"]
+    if endpoint.budget is not None and endpoint.spent + most > endpoint.budget:
+        print(f"{endpoint.spent + most:.6g} is above --budget {endpoint.budget:g}: it may stop before the end, and "
+              "goes on with a larger budget; --limit asks less", flush=True)
     found = {name: judges.judge(endpoint, name, part) for name, part in rows.items()}
     write_json(output / "results.json", {"model": endpoint.model, "benchmarks": found})
     for name, result in found.items():
@@ -264,19 +307,32 @@ def _benchmark_rows(data: str, limit: int | None) -> dict[str, list[dict]]:
 
 @command(TRAIN, "pretrain-sae --model FOLDER --corpus FOLDER --output sae")
 def pretrain_sae(model: Annotated[str, option("decoder: a folder, a GGUF file, a hub id, or toy")],
-                 corpus: Annotated[str, option("text: toy, hub:<id>, a file or a folder")],
+                 corpus: Annotated[str, option("text: toy, hub:<id>, a file or a folder; a document is a row's text, "
+                                               "or a text file (long ones are cut at a blank line)")],
                  output: Folder, profile: Base = "paper-4b", settings: Settings = None) -> None:
     """Pretrain an SAE on a decoder's states at sentence ends; on many devices with accelerate launch."""
-    from sarmlib.pipeline import Run
+    from sarmlib.pipeline import RANK, Run
     chosen = _profile(profile, settings, {"backbone.source": model, "corpus.source": corpus})
-    job, rule = Run(chosen, root=output / "work"), chosen.sae.positions
-    _claim(output, job)
+    job, rule = Run(chosen, root=output / "work", progress=sys.stderr.isatty()), chosen.sae.positions
+    _claim(output, job, corpus=job.fingerprint(chosen.corpus.source, "corpus"))
+    read = job.activations(rule).meta
+    states = _enough(read["vectors"] or chosen.sae.vectors, job)  # 0: they come as a stream
     made = job.sae(rule, chosen.seed)
-    if job.progress:
+    if RANK == 0:
         shutil.copytree(made.file("sae"), output, dirs_exist_ok=True)
-        states = job.activations(rule).meta["vectors"] or chosen.sae.vectors
-        print(f"trained on {states} of {chosen.sae.vectors} states; on others: {_metrics(made.meta)}\n"
+        source = f" from {read['documents']} documents" if read["vectors"] else ""
+        print(f"trained on {states} of {chosen.sae.vectors} states{source}; on others: {_metrics(made.meta)}\n"
               f"SAE: {output} (its work/ can be removed)")
+
+
+def _enough(states: int, job) -> int:
+    """Refuse to train on so few states that the SAE would stay as it was drawn, or know each by heart."""
+    sae, features = job.profile.sae, job.shape["n_features"]
+    steps = sae.steps or states // sae.batch_size
+    if states < features or not (sae.steps or steps >= LEAST_STEPS):
+        raise DataError(f"{states} states are too few: {steps} steps of --set sae.batch_size={sae.batch_size} for "
+                        f"{features} features; add text, or set sae.steps, a smaller sae.batch_size or sae.expansion")
+    return states
 
 
 @command(TRAIN, "train --backbone FOLDER --sae sae --data pairs.jsonl --output sarm")
@@ -290,17 +346,18 @@ def train(backbone: Annotated[str, option("decoder: a folder, a GGUF file or a h
     from sarmlib.sae.formats import load_sae
     from sarmlib.store import hash_json, write_json
     spec = _profile(profile, settings, {"backbone.source": backbone, "preferences.source": data})
-    job, most = pipeline.Run(spec), spec.preferences.max_length
+    job, most = pipeline.Run(spec, progress=sys.stderr.isatty()), spec.preferences.max_length
     kept = drop_identical(load_pairs(data, revision=spec.preferences.revision), job.tokenizer, most)
     trained, held_out = split_by_prompt(kept, spec.preferences.eval_fraction, seed=spec.seed)
     pairs, shape = {"train": trained, "eval": held_out}, {n: job.shape[n] for n in ("layer", "n_layers")}
+    encoder = load_sae(sae) if sae else None
     model = pipeline.untrained("sarm" if sae else "scalar_half", job.backbone_path, **shape, **job.hub,
-                               sae=load_sae(sae) if sae else None, seed=spec.seed)
-    _claim(output, job, sae=sae, pairs=hash_json(pairs))
+                               sae=encoder, seed=spec.seed)
+    _claim(output, job, sae=encoder and encoder.content_hash(), pairs=hash_json(pairs))
     found = pipeline.train_reward(spec.reward, model, job.tokenizer, pairs, output, max_length=most,
                                   seed=spec.seed, bf16=spec.dtype == "bfloat16", device=job.device,
                                   progress=job.progress)
-    if job.progress:
+    if pipeline.RANK == 0:
         write_json(output / "evaluation.json", found | {name: len(part) for name, part in pairs.items()})
         print("\n".join([*kept.report.lines(), f"{_metrics(found)} (on {len(held_out)} held-out pairs)",
                          f"reward model: {output / 'model'}"]))
@@ -320,12 +377,15 @@ def _profile(name: str, settings: list[str] | None, sources: dict[str, str]):
 
 def _claim(output: Path, job, **inputs) -> None:
     """Note the settings in a folder: with the same ones work goes on there, other work is refused."""
+    from sarmlib.pipeline import RANK
     from sarmlib.store import write_atomic
     path = output / "settings.json"
     used = json.dumps({**job.profile.model_dump(mode="json"), "decoder": job.backbone_key, **inputs})
     if path.exists() and path.read_text(encoding="utf-8") != used:
         raise ConfigError(f"--output {output} holds work with other settings ({path}); name another folder")
-    if job.progress:  # one of several processes
+    if RANK == 0:
+        if not path.exists() and output.is_dir() and any(output.iterdir()):
+            raise ConfigError(f"--output {output} holds files of something else; name another folder, or an empty one")
         write_atomic(path, used)
 
 
@@ -338,7 +398,8 @@ def browse(output: Annotated[Path, option("folder of the pages and of labels.jso
     job = _run(profile, data, read_only=True)
     number = job.profile.seeds[0] if seed is None else seed
     page = write_browser(output, job.contexts(number), job.label_objects(number), job.label_table(number),
-                         provenance={"profile": profile, "seed": str(number), **versions()})
+                         provenance={"profile": profile, "seed": str(number), **versions(),
+                                     "scores": job.scores("sarm", number).key, "labels": job.labels(number).key})
     print(f"open {page}; its words: sarmlib explain --labels {output / 'labels.json'} ...")
 
 
@@ -365,40 +426,49 @@ def doctor() -> None:
             print(f"{name:<12} {str(error).splitlines()[0]}")
 
 
-def _run(profile: str, data: str | None = None, read_only: bool = False):
+def _run(profile: Any, data: str | None = None, read_only: bool = False):
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as in the pipeline's workers: sums come out the same
     from sarmlib.pipeline import Run
-    return Run(profile, data=data, read_only=read_only)
+    return Run(profile, data=data, read_only=read_only, progress=sys.stderr.isatty())
 
 
 def _scorer(model: str, trust: bool = False):
     """A folder or hub id, opened; the toy SARM is trained now if it is not in the store."""
+    name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
+    if job := _toy(model, "scores"):
+        name = str(job.reward("sarm", job.profile.seeds[0]).file("model"))
+    elif not Path(name).expanduser().exists() and (name.count("/") != 1 or name.startswith((".", "/"))):
+        raise ModelError(f"--model {model}: there is no such folder, and a hub id has the form owner/name")
     import torch
 
     from sarmlib.evaluation.scorer import load_scorer
-    name, _, revision = (model, "", "") if Path(model).exists() else model.partition("@")
-    if model == "toy":
-        job = _run("toy")
-        print(f"the toy SARM, from {job.store.root} (made once)", file=sys.stderr)
-        with redirect_stdout(sys.stderr):  # what the trainer prints is no answer
-            name = str(job.reward("sarm", job.profile.seeds[0]).file("model"))
     return load_scorer(name, revision=revision or None, trust_remote_code=trust,
                        device="cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _toy_labels() -> dict[int, str]:
-    """Words for the toy SARM's features, if the toy profile's labels have been made."""
-    job = _run("toy", read_only=True)
-    with suppress(NotMadeError):
-        return {one.feature: one.text for one in job.label_objects(job.profile.seeds[0]) if not one.abstained}
-    return {}
+def _toy(model: str, goal: str):
+    """The run behind ``toy`` or ``toy:SEED``, made up to ``goal`` where it is not in the store; else None."""
+    name, _, seed = model.partition(":")
+    if name != "toy" or Path(model).exists():
+        return None
+    from sarmlib.profiles import load_profile
+    job = _run(load_profile("toy", seeds=[seed or 0], variants=["sarm"]))
+    if job.plan(goal).keys() - job.stored(goal):
+        print(f"the toy SARM is made once, in a few minutes: {job.store.root}", file=sys.stderr)
+        job.ensure(goal)
+    return job
+
+
+def _words(job, seed: int) -> dict[int, str]:
+    """What a run's labels say of their features."""
+    return {one.feature: one.text for one in job.label_objects(seed) if not one.abstained}
 
 
 def _labels(path: Path) -> dict[int, str]:
     """They may come from anywhere: no control characters on the terminal."""
     try:
         words = json.loads(path.read_text(encoding="utf-8"))
-        return {int(feature): "".join(c if c.isprintable() else "?" for c in str(text)[:60])
+        return {int(feature): "".join(c if c.isprintable() else "?" for c in str(text)[:200])
                 for feature, text in words.items()}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"--labels {path}: {error!r}; needed: JSON {{feature: words}}") from None

@@ -6,11 +6,14 @@ import io
 import multiprocessing
 import os
 import re
+import shutil
 import sys
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from statistics import fmean
+from typing import Any
 
 from tqdm import tqdm
 
@@ -20,12 +23,12 @@ def run_jobs(jobs: dict[tuple, list[tuple]], made: set[tuple], work: Callable[[t
     """``work(job)`` for every job that is not in ``made``, after those it waits for; returns the seconds of each.
 
     ``title`` starts the progress line; None shows none."""
-    seconds, running, doing = {}, {}, {}
+    seconds, running, doing, began = {}, {}, {}, {}
     pending = [job for job in jobs if job not in made]
     context = multiprocessing.get_context("spawn")  # a fork of a process that has used torch's threads may hang
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    news = context.Queue()
-    with tqdm(total=len(jobs), initial=len(made), desc=title, unit="job", disable=title is None) as bar, \
+    news, width = context.Queue(), shutil.get_terminal_size().columns - 1 if sys.stderr.isatty() else None
+    with tqdm(bar_format="{desc}", disable=title is None, leave=False) as bar, \
             ProcessPoolExecutor(workers, context, _start, (news,)) as pool:
         while pending or running:
             for job in [job for job in pending if all(one in made or one in seconds for one in jobs[job])]:
@@ -33,12 +36,25 @@ def run_jobs(jobs: dict[tuple, list[tuple]], made: set[tuple], work: Callable[[t
                 running[pool.submit(_timed, work, job)] = job
             for future in wait(running, timeout=1, return_when=FIRST_COMPLETED)[0]:
                 seconds[running.pop(future)] = future.result()
-                bar.update()
             while not news.empty():
                 job, text = news.get()
-                doing[job] = f"{' '.join(map(str, job))}: {text}"
-            bar.set_postfix_str("; ".join(text for job, text in doing.items() if job not in seconds))
+                began.setdefault(job, time.perf_counter())
+                doing[job] = text
+            left = _left([*pending, *running.values()], seconds, began, workers)
+            here = [" ".join(map(str, (*job, doing.get(job, "")))).rstrip() for job in [*running.values()][:workers]]
+            line = f"{title}: {len(made) + len(seconds)} of {len(jobs)} jobs done{left}: {', '.join(here)}"
+            bar.set_description_str(line[:width])
     return seconds
+
+
+def _left(todo: list[tuple], seconds: dict[tuple, float], began: dict[tuple, float], workers: int) -> str:
+    """The time to go, by the finished jobs of the same stages; no guess before each stage has one."""
+    took = {job[0]: fmean(seconds[one] for one in seconds if one[0] == job[0]) for job in seconds}
+    if not todo or any(job[0] not in took for job in todo):
+        return ""
+    now = time.perf_counter()
+    left = sum(max(took[job[0]] - (now - began.get(job, now)), 0) for job in todo) / min(workers, len(todo))
+    return f", about {tqdm.format_interval(left)} to go"
 
 
 class _Reporter(io.TextIOBase):
@@ -50,7 +66,7 @@ class _Reporter(io.TextIOBase):
     def write(self, text: str) -> int:
         if "\r" not in text:
             return self.real.write(text) if text.strip() else len(text)
-        line = re.sub(r"\|.*\|", "", text.rpartition("\r")[2]).partition("[")[0].strip()  # without the drawn bar
+        line = "".join(re.findall(r"\d+%", text)[-1:])  # of the drawn bar, of which much would not fit
         if line and time.monotonic() - self.last > 1:
             self.news.put((self.job, line))
             self.last = time.monotonic()
@@ -71,7 +87,9 @@ def _end_with_parent() -> None:
 
 
 def _timed(work: Callable[[tuple], None], job: tuple) -> float:
-    setattr(sys.stderr, "job", job)  # noqa: B010
+    reporter: Any = sys.stderr
+    reporter.job = job
+    reporter.news.put((job, ""))
     start = time.perf_counter()
     work(job)
     return time.perf_counter() - start

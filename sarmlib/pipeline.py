@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array, vstack
 from tqdm import tqdm
-from transformers import AutoConfig
+from transformers import AutoConfig, ProgressCallback
 
 from sarmlib import plan
 from sarmlib.backbone import cut_config, load_backbone, load_tokenizer, n_layers
@@ -90,7 +90,7 @@ class Run:
         self.store = Store(root or default_root(self.profile.name), read_only=read_only)
         self.progress = progress and RANK == 0
         self.hub = self.profile.backbone.model_dump(include={"revision", "trust_remote_code"})
-        for name in ("scored", "states", "explainer", "_fingerprint"):  # a notebook asks for them dozens of times
+        for name in ("scored", "states", "explainer", "fingerprint"):  # a notebook asks for them dozens of times
             setattr(self, name, functools.cache(getattr(self, name)))
 
     @cached_property
@@ -154,7 +154,7 @@ class Run:
     def preferences(self, seed: int) -> Artifact:
         """Training and evaluation pairs (train.jsonl, eval.jsonl) and a report of what was read and dropped."""
         spec = self.profile.preferences
-        settings = {**spec.model_dump(), "data": self._fingerprint(spec.source, "pairs"),
+        settings = {**spec.model_dump(), "data": self.fingerprint(spec.source, "pairs"),
                     "backbone": self.backbone_key}  # for its tokenizer
         return self._get(_make_preferences, (seed,), settings, self.benchmarks())
 
@@ -162,7 +162,7 @@ class Run:
         """The rows of both benchmarks as they are scored."""
         spec = self.profile.benchmarks
         settings = {**spec.model_dump(exclude={"max_length", "batch_tokens"}), "seed": self.profile.seed,
-                    "data": [self._fingerprint(getattr(spec, name), name) for name in BENCHMARKS]}
+                    "data": [self.fingerprint(getattr(spec, name), name) for name in BENCHMARKS]}
         return self._get(_make_benchmarks, (), settings)
 
     def activations(self, positions: str) -> Artifact:
@@ -174,7 +174,7 @@ class Run:
         spec, corpus, layer = self.profile, self.profile.corpus, self.shape["layer"]
         kept = (spec.sae.vectors + HELD_OUT) * self.shape["d_model"] * 4 <= corpus.budget_gb * 1e9
         settings = {**corpus.model_dump(exclude={"budget_gb"}), "vectors": spec.sae.vectors, "layer": layer,
-                    "seed": spec.seed, "dtype": spec.dtype, "data": self._fingerprint(corpus.source, "corpus"),
+                    "seed": spec.seed, "dtype": spec.dtype, "data": self.fingerprint(corpus.source, "corpus"),
                     "backbone": self.backbone_key}
         dialogues = [self.preferences(spec.seed)] if corpus.dialogue_share else []
         return self._get(_make_activations, (positions, kept), settings, *dialogues, shared=True)
@@ -304,21 +304,25 @@ class Run:
         """Make everything up to ``goal``, ``profile.workers`` processes at a time.
 
         Each job is a process with one thread: on a small machine two processes are faster than two threads.
-        Returns one row per stage: its jobs, how many had to be made, and their seconds together.
+        Returns one row per stage: its jobs, how many had to be made, and their seconds, added up.
         """
-        jobs, made = self.plan(goal), set()
-        stored = Run(self.profile, root=self.store.root, progress=False, read_only=True)
-        for job in jobs:
-            with suppress(NotMadeError):
-                _call(stored, job)
-                made.add(job)
+        jobs, made = self.plan(goal), self.stored(goal)
         title = f"{self.profile.name} profile, up to {goal}" if self.progress else None
         seconds = run_jobs(jobs, made, partial(_work, self.profile, self.store.root), self.profile.workers, title)
         rows = [(job[0], 1, job in seconds, seconds.get(job, 0.0)) for job in jobs]
-        table = pd.DataFrame(rows, columns=["stage", "jobs", "made", "seconds"])
+        table = pd.DataFrame(rows, columns=["stage", "jobs", "made", "job seconds"])
         return table.groupby("stage", sort=False).sum().round().astype(int)
 
-    def _fingerprint(self, source: str, kind: str) -> Any:
+    def stored(self, goal: str) -> set[tuple]:
+        """The jobs of ``plan(goal)`` whose artifacts are in the store."""
+        stored, found = Run(self.profile, root=self.store.root, progress=False, read_only=True), set()
+        for job in self.plan(goal):
+            with suppress(NotMadeError):
+                _call(stored, job)
+                found.add(job)
+        return found
+
+    def fingerprint(self, source: str, kind: str) -> Any:
         """Hashes of the local files that a source names; None for the toy world and the hub."""
         where = None if source == "toy" or _is_remote(source) else _place(self.profile, source, kind)
         return where and hash_tree(where)
@@ -415,8 +419,9 @@ def train_reward(spec, model, tokenizer, pairs: dict[str, list[dict]], folder: P
     from sarmlib.sarm.training import RewardTrainConfig, RewardTrainer
     config = RewardTrainConfig(**spec.model_dump(), max_length=max_length, seed=seed, bf16=bf16,
                                use_cpu=device == "cpu", save_every=200)
-    trainer = RewardTrainer(model, tokenizer, pairs["train"], pairs["eval"] or None, config,
-                            folder / "checkpoints", progress=progress)
+    trainer = RewardTrainer(model, tokenizer, pairs["train"], pairs["eval"] or None, config, folder / "checkpoints")
+    if progress:
+        trainer.add_callback(_Bar)
     trainer.train(resume="auto")
     metrics = trainer.evaluate() if pairs["eval"] else {}
     with quiet():
@@ -426,6 +431,13 @@ def train_reward(spec, model, tokenizer, pairs: dict[str, list[dict]], folder: P
         write_atomic(folder / "log.json", json.dumps(trainer.log_history))
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return metrics
+
+
+class _Bar(ProgressCallback):
+    """The Trainer's bar alone: its log is kept in ``log.json``."""
+
+    def on_log(self, *args, **kwargs) -> None:
+        pass
 
 
 def _make_preferences(run, seed: int, folder: Path) -> dict:
@@ -500,7 +512,8 @@ def _make_activations(run, positions: str, kept: bool, folder: Path) -> dict:
     extractor, read, count = _extractor(run, positions), itertools.count(), 0
     documents = (text for text, _ in zip(_texts(run, run.profile.seed), read, strict=False))
     wanted = HELD_OUT + (run.profile.sae.vectors if kept else 0)
-    bar = tqdm(total=wanted, disable=not run.progress, unit="state", desc="activations", leave=False)
+    bar = tqdm(total=wanted, disable=not run.progress, desc="activations", leave=False,  # no estimate: text may end
+               bar_format="{l_bar}{bar}| {n_fmt} of at most {total_fmt} states, {elapsed}")
     with open(os.devnull if RANK else folder / "states.f32", "wb") as file, bar:
         for states in _vectors(extractor, documents, wanted, _accelerator(run) if kept else None):
             file.write(states.cpu().numpy().tobytes())  # as they come: at no time are all in memory
@@ -510,9 +523,9 @@ def _make_activations(run, positions: str, kept: bool, folder: Path) -> dict:
         raise DataError(f"the corpus gave {count} vectors; 100 or more are needed: add text")
     if count < wanted:
         warnings.warn(f"asked for {wanted} states, the corpus gave {count}", stacklevel=2)
-    held_out = min(HELD_OUT, count // 10) if kept else count
-    return {**extractor.stats.summary(), "documents": next(read), "vectors": count - held_out,
-            "held_out": held_out}
+    train = min(run.profile.sae.vectors, count - min(HELD_OUT, count // 10)) if kept else 0
+    return {**extractor.stats.summary(), "documents": next(read), "vectors": train,
+            "held_out": count - train}
 
 
 def _vectors(extractor, documents: Iterator, vectors: int, accelerator=None) -> Iterator:

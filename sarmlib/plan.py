@@ -56,8 +56,8 @@ def backbone_path(profile: Profile) -> str:
         return str(profile.folder("backbone"))
     if source.startswith("models/") and not Path(source).exists():
         if not (ROOT / source).exists():
-            raise ConfigError(f"backbone.source {source!r} is not there; make it with `python tools/"
-                              f"{Path(source).name}.py`, or name a folder or hub id of your own")
+            raise ConfigError(f"backbone.source {source!r} is not there; make it with `make "
+                              f"{Path(source).name}`, or name a folder or hub id of your own")
         return str(ROOT / source)
     return source
 

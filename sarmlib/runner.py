@@ -10,9 +10,12 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,7 +56,7 @@ def run_notebooks(profile: str = "toy", names: list[str] | None = None, *, folde
     # the user's data may be large, so there size and time of change must do
     users = [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in _files(loaded.data)]
     base = [loaded.model_dump(), [hash_file(p) for p in _files(PACKAGE)], users, str(root), given]
-    values, done = {} if refresh else {"profile": given}, []
+    values, done, began = {} if refresh else {"profile": given}, [], time.perf_counter()
     target = root / ("committed" if refresh else "notebooks")
     target.mkdir(parents=True, exist_ok=True)
     paths = filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])
@@ -62,9 +65,9 @@ def run_notebooks(profile: str = "toy", names: list[str] | None = None, *, folde
     with FileLock(target / ".lock"):  # a second process waits, and then finds the work done
         for number, path in enumerate(sources, 1):
             out, stamp = target / path.name, hash_json([*base, path.read_text(encoding="utf-8")])
-            title = f"notebook {number} of {len(sources)} ({path.stem})" if progress else None
+            line = _Line(f"{path.stem} ({number} of {len(sources)})", began, progress)
             found = None if refresh else _finished(out, stamp)
-            done.append(found or _execute(path, out, root, stamp, values, title))
+            done.append(found or _execute(path, out, root, stamp, values, line))
             if refresh and not done[-1].error:
                 write_atomic(path, json.dumps(_clean(_read(out)), indent=1, ensure_ascii=False) + "\n")
     if failed := [run for run in done if run.error]:
@@ -105,17 +108,16 @@ def _finished(out: Path, stamp: str) -> NotebookRun | None:
     return NotebookRun(out.stem, "unchanged", last["seconds"], str(out)) if same else None
 
 
-def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict, title: str | None) -> NotebookRun:
+def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict, line: _Line) -> NotebookRun:
     import papermill
     record, start, error = out.with_suffix(".run.json"), time.perf_counter(), ""
     record.unlink(missing_ok=True)
-    cells, pause = len(_read(path)["cells"]) + bool(values), 1 if sys.stderr.isatty() else 30
-    with tqdm(total=cells, desc=title, disable=title is None, leave=False, mininterval=pause,
-              bar_format="{desc}, cell {n} of {total}{postfix}") as bar:
+    line.cells = len(_read(path)["cells"]) + bool(values)
+    with line.shown():
         try:
             papermill.execute_notebook(
                 str(path), str(out), values, cwd=str(path.parent), kernel_name="python3", progress_bar=False,
-                stderr_file=_Stderr(bar), on_cell_start=lambda **_: bar.update())
+                stderr_file=line, on_cell_start=line.begin, extra_arguments=["--log-level=ERROR"])
             error = _unexecuted(out)
         except Exception as failure:  # a cell's error, a dead kernel, a damaged notebook
             plain = re.sub(r"\x1b\[[0-9;]*m", "", str(failure).strip() or repr(failure))
@@ -148,14 +150,44 @@ def _clean(notebook: dict) -> dict:
     return notebook
 
 
-class _Stderr(io.StringIO):
-    """Where cells write their errors: the latest state of a progress bar goes into ours, the rest nowhere."""
+class _Line(io.StringIO):
+    """What a run is doing, in one line.  Cells write their errors here: of these the latest progress counts."""
 
-    def __init__(self, bar: tqdm):
+    def __init__(self, title: str, began: float, show: bool):
         super().__init__()
-        self.bar = bar
+        self.title, self.began, self.show = title, began, show
+        self.cell, self.cells, self.latest = 0, 0, ""
+
+    def begin(self, **_) -> None:
+        self.cell, self.latest = self.cell + 1, ""
 
     def write(self, text: str) -> int:
-        if bars := re.findall(r"[^\r\n]*%\|[^\r\n]*", text):
-            self.bar.set_postfix_str(re.sub(r"[|].*[|]", "", bars[-1]).strip())
+        if found := re.findall(r"\d+ of \d+ jobs done[^\r\n\x1b]*|[^\r\n]*%\|[^\r\n\x1b]*", text):
+            self.latest = ": " + re.sub(r"[|].*[|]", "", found[-1]).strip()
         return len(text)
+
+    def __str__(self) -> str:
+        elapsed = tqdm.format_interval(time.perf_counter() - self.began)
+        return f"{self.title}, {elapsed}, cell {self.cell} of {self.cells}{self.latest}"
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """While the block runs: in place each second on a terminal, a line each minute in a log."""
+        terminal, width, over = sys.stderr.isatty(), shutil.get_terminal_size().columns - 1, threading.Event()
+
+        def show():
+            while not over.wait(1 if terminal else 60):
+                print(f"\r{str(self)[:width]:<{width}}" if terminal else self, end="" if terminal else "\n",
+                      file=sys.stderr, flush=True)
+            if terminal:
+                print(f"\r{'':<{width}}\r", end="", file=sys.stderr, flush=True)
+
+        thread = threading.Thread(target=show, daemon=True)
+        if self.show:
+            thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            if self.show:
+                thread.join()

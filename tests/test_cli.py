@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -87,6 +88,8 @@ def test_every_command_has_a_group_and_an_example_and_help_imports_no_torch():
     (1, ["reproduce", "--profile", "local"], "DATA=folder"),
     (1, ["reproduce", "--dry-run", "--hardware", "abacus"], "abacus"),
     (1, ["explain", *ASK, "--chosen", "w2"], "rejected"),
+    (1, ["score", *ASK, "--response", "w2"], "no such folder"),
+    (1, ["score", "--model", "toy:x", "--prompt", "w1", "--response", "w2"], "seeds.0 = 'x'"),
     (1, ["score", "--model", "x", "--input", "absent.jsonl"], "absent.jsonl")])
 def test_wrong_use_is_one_sentence_and_leaves_nothing(said, status, arguments, words, monkeypatch, tmp_path):
     monkeypatch.delenv("SARMLIB_DATA", raising=False)
@@ -149,13 +152,15 @@ def test_explanations_add_up_and_carry_labels(said, folder, rows, tmp_path):
 
 def test_an_edit_is_recorded_and_undone_exactly(said, folder, tmp_path):
     once, back = tmp_path / "once", tmp_path / "back"
-    assert "2 recorded edits" in said("steer", "--model", folder, "--feature", "3=8", "--feature", "5=0",
-                                      "--output", once)
+    printed = said("steer", "--model", folder, "--feature", "3=8", "--feature", "5=0", "--output", once)
+    assert "recorded edits: 2" in printed and "nothing changes" not in printed
+    printed = said("steer", "--model", once, "--feature", "5=8", "--output", tmp_path / "more")
+    assert "feature 5: weight -0 to -0 (it was 0: nothing changes)" in printed
     heads = [SarmForSequenceClassification.from_pretrained(one).score.weight[0] for one in (folder, once)]
     assert torch.equal(heads[1][3], heads[0][3] * 8) and heads[1][5] == 0
     said("steer", "--model", once, "--undo", "--output", back)
     assert torch.equal(SarmForSequenceClassification.from_pretrained(back).score.weight[0], heads[0])
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "once"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "more", "once"]
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +203,13 @@ def test_a_chat_model_judges_within_its_budget_and_goes_on(said, tmp_path):
     assert json.loads((tmp_path / "out" / "results.json").read_text())["model"] == "fake"
 
 
+def test_a_judge_that_may_cost_more_than_its_budget_is_told_before(tmp_path, capsys):
+    most = {"cost": None, "tokens_in": 9, "tokens_out": 1}
+    endpoint = SimpleNamespace(estimate=lambda asked: most, budget=5, spent=0, model="m")
+    cli._judge(endpoint, {}, tmp_path)
+    assert "10 is above --budget 5: it may stop" in capsys.readouterr().out
+
+
 def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
     command = ["train", "--backbone", world / "backbone", "--data", world / "pairs.jsonl", "--sae", world / "sae",
                "--output", tmp_path / "out"]
@@ -205,6 +217,7 @@ def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
                     "preferences.eval_fraction=0.3"):
         command += ["--set", setting]
     printed = said(*command)
+    assert "{'" not in printed and "%|" not in printed
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert found["train"] + found["eval"] == 64 and found["eval"] > 4
     assert "left out 1: chosen equals rejected" in printed and f"on {found['eval']} held-out pairs" in printed
@@ -216,43 +229,91 @@ def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
 
 
 def test_an_sae_from_text_that_is_not_written_over(said, world, tmp_path):
-    command = ["pretrain-sae", "--model", world / "backbone", "--corpus", "toy", "--output", tmp_path / "out"]
+    text = tmp_path / "text.jsonl"
+    text.write_text(json.dumps({"text": "He is the cook. She is here. Who is there? It is I. " * 12}) + "\n")
+    text.write_text(text.read_text() * 100)
+    command = ["pretrain-sae", "--model", world / "backbone", "--corpus", text, "--output", tmp_path / "out"]
     for setting in ("device=cpu", "sae.vectors=300", "sae.batch_size=32", "sae.expansion=4", "corpus.window=64",
                     "backbone.layer=2"):
         command += ["--set", setting]
+    assert "300 states are too few: 9 steps" in said(*command, "--output", tmp_path / "few", status=1)
+    command += ["--set", "sae.steps=20"]
+    wide = [*command, "--set", "sae.expansion=32", "--output", tmp_path / "wide"]
+    assert "for 512 features" in said(*wide, status=1) and not (tmp_path / "wide" / "config.json").exists()
     printed = said(*command)
-    assert "fvu" in printed and "of 300 states" in printed
+    assert "fvu" in printed and re.search(r"of 300 states from \d+ documents", printed)
     assert said(*command) == printed
-    assert "holds work with other settings" in said(*command, "--set", "sae.steps=3", status=1)
+    (other := tmp_path / "other").mkdir()
+    (other / "sae.safetensors").write_text("x")
+    assert "something else" in said(*command, "--output", other, status=1)
+    text.write_text(text.read_text() + '{"text": "One more."}\n')
+    assert "holds work with other settings" in said(*command, status=1)
     assert TopKSAE.load(tmp_path / "out").n_features == 64
     (tmp_path / "small.txt").write_text("One sentence. Two.\n")
-    err = said(*command, "--corpus", tmp_path / "small.txt", "--output", tmp_path / "few", status=1)
-    assert "100 or more are needed" in err and not (tmp_path / "few" / "config.json").exists()
+    err = said(*command, "--corpus", tmp_path / "small.txt", "--output", tmp_path / "less", status=1)
+    assert "100 or more are needed" in err and not (tmp_path / "less" / "config.json").exists()
 
 
 def test_verify_prints_a_header_and_no_none_and_names_damage(said, tmp_path):
     artifact = Store(tmp_path / "toy").get_or_make("stage", {}, {}, _one_file)
     printed = said("verify", "--runs", tmp_path)
     assert "verdict" in printed.splitlines()[0] and "None" not in printed and "nan" not in printed.lower()
-    assert "13 not measured" in printed and printed.rstrip().endswith("stored artifacts: whole")
+    assert "13 not measured" in printed and "stored artifacts: whole\nnext: " in printed
+    assert f"-m sarmlib reproduce --profile toy --runs {tmp_path}" in printed.splitlines()[-1]
     (artifact.path / "x").write_text("y")
     printed = said("verify", "--runs", tmp_path)
-    assert f"remove {artifact.path}" in printed and printed.rstrip().endswith("stored artifacts: damaged")
+    assert f"remove {artifact.path}" in printed and "stored artifacts: damaged" in printed
 
 
 def _one_file(folder):
     (folder / "x").write_text("x")
 
 
-def test_a_run_that_was_not_made_is_said(said, tmp_path, monkeypatch):
-    for command in (["browse", "--output", tmp_path / "out"], ["figures"]):
+def test_a_run_that_was_not_made_is_said(said, tmp_path):
+    for command in (["browse", "--output", tmp_path / "out"], ["figures"], ["verify"]):
         assert said(*command, "--runs", tmp_path / "none", status=1)
     assert not (tmp_path / "out").exists()
+
+
+def test_toy_names_a_seed_and_is_made_with_its_words_in_one_line(monkeypatch, tmp_path, capsys):
+    asked = []
     monkeypatch.setenv("SARMLIB_RUNS", str(tmp_path))
-    assert cli._toy_labels() == {}
+    monkeypatch.setattr("sarmlib.pipeline.Run.ensure",
+                        lambda run, goal: asked.append((run.profile.seeds, run.progress, goal)))
+    assert cli._toy("toy:1", "labels") and cli._toy("owner/name", "labels") is None
+    assert asked == [((1,), False, "labels")]
+    assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_dry_run_and_doctor(said, tmp_path):
+def test_reproduce_says_its_cost_once_and_ends_with_a_command_for_its_own_model(said, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_execute", lambda *names, **settings: None)
+    command = ["reproduce", "--runs", tmp_path / "runs"]
+    (root := tmp_path / "runs" / "toy").mkdir(parents=True)
+    printed = said(*command)
+    assert printed.count("profile toy: under 10 minutes") == 1 and "explain a reward" not in printed
+    model = SimpleNamespace(file=lambda name: root / name)
+    monkeypatch.setattr("sarmlib.pipeline.Run.reward", lambda run, variant, seed: model)
+    monkeypatch.setattr(cli, "_words", lambda run, seed: {3: "a cook"})
+    monkeypatch.chdir(tmp_path)
+    last = said(*command).splitlines()[-1]
+    assert f"{sys.executable} -m sarmlib explain --model runs/toy/model --labels runs/toy/labels.json --prompt" in last
+    assert json.loads((root / "labels.json").read_text()) == {"3": "a cook"}
+
+
+def test_what_is_tracked_is_written_on_request_and_notebooks_start_from_nothing(said, tmp_path, monkeypatch):
+    (drawn := tmp_path / "runs" / "toy" / "figures").mkdir(parents=True)
+    (drawn / "x.png").write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert "1 figures in runs/toy/figures" in said("figures", "--runs", "runs") and not (tmp_path / "figures").exists()
+    said("figures", "--runs", "runs", "--tracked")
+    assert (tmp_path / "figures" / "toy" / "x.png").is_file()
+    monkeypatch.setattr(cli, "_execute", lambda *names, runs, refresh: print(refresh, list(runs.glob("*"))))
+    (tmp_path / "runs" / ".committed" / "toy").mkdir(parents=True)
+    assert said("notebooks") == "True []\n" and drawn.is_dir()
+
+
+def test_dry_run_and_doctor(said, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "_run", None)  # a plan does not import what it would start
     printed = said("reproduce", "--profile", "paper-4b", "--dry-run", "--devices", "2", "--runs", tmp_path)
     assert "nothing was started" in printed and not list(tmp_path.iterdir())
     printed = said("doctor")

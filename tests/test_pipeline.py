@@ -217,7 +217,7 @@ def test_plan_puts_every_job_after_those_it_waits_for(backbone, tmp_path):
     with pytest.raises(ConfigError, match=r"goal 'reward'.*sae, scores or labels"):
         run.plan("reward")
     released = Run("released", root=tmp_path, progress=False).ensure("scores")  # plans nothing
-    assert released.empty and list(released) == ["jobs", "made", "seconds"]
+    assert released.empty and list(released) == ["jobs", "made", "job seconds"]
 
 
 @pytest.mark.parametrize("variant", ["sarm", "scalar_half", "random_encoder"])
@@ -297,14 +297,14 @@ def test_a_folder_of_your_own_runs_end_to_end(beside):
 
 def test_ensure_in_processes_equals_this_process(beside, folder, tmp_path):
     run, table = beside
-    assert (table.made == table.jobs).all() and table.jobs["scores"] == 2 and table.seconds.dtype == int
+    assert (table.made == table.jobs).all() and table.jobs["scores"] == 2 and table["job seconds"].dtype == int
     here = local_run(folder, tmp_path)
     for variant in ("sarm", "scalar_half"):
         one, other = here.scores(variant, 0), run.scores(variant, 0)
         assert one.key == other.key and one.fresh and not other.fresh
         assert hash_file(one.file("scores.safetensors")) == hash_file(other.file("scores.safetensors"))
     again = run.ensure("scores")
-    assert not again.made.any() and (again.seconds == 0).all() and list(again.jobs) == list(table.jobs)
+    assert not again.made.any() and (again["job seconds"] == 0).all() and list(again.jobs) == list(table.jobs)
 
 
 def test_rows_and_pairs_are_drawn_as_the_profile_says(folder, tmp_path):

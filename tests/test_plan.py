@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from sarmlib.plan import lines, plan, sizes
+from sarmlib.errors import ConfigError
+from sarmlib.plan import backbone_path, lines, plan, sizes
 from sarmlib.profiles import load_profile
+from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize("name, billions, other", [("paper-2b", 2.0, 12), ("paper-3b", 2.7, 19), ("paper-4b", 4.3, 18)])
@@ -37,3 +39,10 @@ def test_costs_scale_as_they_must():
 ])
 def test_a_profile_plans_its_own_variants_only(name, variants, stages):
     assert list(plan(load_profile(name, variants=variants)).stage) == stages
+
+
+def test_a_decoder_that_is_not_made_is_named_with_the_command_that_makes_it():
+    with pytest.raises(ConfigError, match="with `make nosuch`"):
+        backbone_path(load_profile("toy", **{"backbone.source": "models/nosuch"}))
+    source = load_profile("smollm2", data=ROOT).backbone.source
+    assert f"\n{source.removeprefix('models/')}: " in (ROOT / "Makefile").read_text()

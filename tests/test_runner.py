@@ -6,12 +6,13 @@ import json
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from sarmlib import runner
+from sarmlib import jobs, runner
 from sarmlib.errors import ConfigError, SarmlibError
 from sarmlib.runner import run_notebooks
 
@@ -99,13 +100,13 @@ def test_failures_are_kept_and_others_still_run(tmp_path):
     assert not out.with_suffix(".run.json").exists()  # tried again next time
 
 
-def test_refresh_writes_outputs_and_counts_but_no_timings_paths_or_progress(tmp_path):
+def test_refresh_writes_outputs_and_counts_but_no_timings_paths_or_progress(tmp_path, capfd):
     path = notebook(tmp_path / "nb" / "01_a.ipynb", "import sys\nprint('[ok] C1')\nprint('50%|', file=sys.stderr)")
     bad = notebook(tmp_path / "nb" / "02_b.ipynb", "1 / 0")
     before = bad.read_text()
     with pytest.raises(SarmlibError, match="02_b failed"):
         run_notebooks(folder=path.parent, runs=tmp_path / "runs", progress=False, refresh=True)
-    assert bad.read_text() == before
+    assert bad.read_text() == before and "IPKernelApp" not in capfd.readouterr().err
     done = nbformat.read(path, 4)
     assert [cell.execution_count for cell in done.cells] == [1, 2]  # and no injected parameters cell
     assert [output.text for output in done.cells[1].outputs] == ["[ok] C1\n"]
@@ -121,3 +122,23 @@ def test_two_processes_that_run_one_notebook_run_it_once(tmp_path):
     both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, tmp_path / "runs"], text=True,
                              cwd=runner.PACKAGE.parent, stdout=subprocess.PIPE) for _ in range(2)]
     assert sorted(one.communicate(timeout=120)[0].strip() for one in both) == ["ran", "unchanged"]
+
+
+def test_the_line_says_where_a_run_is_and_how_long_it_has_taken():
+    line = runner._Line("01_a (1 of 5)", time.perf_counter() - 151, True)
+    line.cells = 22
+    line.begin()
+    line.write("\rtoy, up to sae: 3 of 11 jobs done, about 01:20 to go: sae every 1 53%\x1b[A")
+    assert str(line) == ("01_a (1 of 5), 02:31, cell 1 of 22: 3 of 11 jobs done, about 01:20 to go: "
+                         "sae every 1 53%")
+    line.write("words that are no progress\n")
+    assert "jobs done" in str(line)
+    line.begin()
+    assert str(line) == "01_a (1 of 5), 02:31, cell 2 of 22"
+
+
+def test_the_time_to_go_is_guessed_once_each_stage_has_finished_a_job():
+    todo, seconds = [("sae", 1), ("sae", 2), ("scores", 1)], {("sae", 0): 60.0}
+    assert jobs._left(todo, seconds, {}, workers=2) == ""
+    assert jobs._left(todo, {**seconds, ("scores", 0): 20.0}, {}, workers=2) == ", about 01:10 to go"
+    assert jobs._left([], seconds, {}, workers=2) == ""

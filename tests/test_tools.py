@@ -113,3 +113,13 @@ def test_the_claims_table_quotes_the_paper_and_keeps_its_value_apart():
     first, second = tables.claims_markdown(pd.DataFrame(rows)).splitlines()[2:]
     assert first == "| C1 | “a \\| b c” (Method) | error | 0.0456 [0.04, 0.05] | – | holds |"
     assert second == "| C2 | “d” (Setup) | n | – | 0.9 | not measured |"
+
+
+def test_a_report_stays_below_runs_unless_tracked_files_are_asked_for(tmp_path, monkeypatch):
+    for name, text in {"ROOT": tmp_path, "report": lambda run: "all", "variants_markdown": lambda run: "some"}.items():
+        monkeypatch.setattr(tables, name, text)
+    (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    assert tables.main(["--runs", str(tmp_path / "runs")]) == 0
+    assert (tmp_path / "runs" / "toy" / "report.md").read_text() == "all" and not (tmp_path / "results").exists()
+    assert tables.main(["--runs", str(tmp_path / "runs"), "--tracked"]) == 0
+    assert (tmp_path / "results" / "toy.md").read_text() == "all" and "some" in (tmp_path / "README.md").read_text()

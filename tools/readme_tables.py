@@ -1,6 +1,8 @@
-"""Tables of the last run, as Markdown in results/<profile>.md; the toy profile's reward models also in the README.
+"""Tables of the last run, as Markdown in <runs>/<profile>/report.md.
 
-    python tools/readme_tables.py [--profile toy] [--runs runs]        (or: make report)
+    python tools/readme_tables.py [--profile toy] [--runs runs] [--tracked]        (or: make report)
+
+``--tracked``: in results/<profile>.md, and the toy profile's reward models also in the README.
 """
 
 from __future__ import annotations
@@ -92,12 +94,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="toy")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all profiles' artifacts")
+    parser.add_argument("--tracked", action="store_true", help="write results/ and the README")
     arguments = parser.parse_args(argv)
     try:
         profile = load_profile(arguments.profile)
         run = Run(profile, root=arguments.runs.resolve() / profile.name, progress=False, read_only=True)
-        print(write_atomic(ROOT / "results" / f"{profile.name}.md", report(run)))
-        if profile.name == "toy":
+        target = ROOT / "results" / f"{profile.name}.md" if arguments.tracked else run.store.root / "report.md"
+        print(write_atomic(target, report(run)))
+        if arguments.tracked and profile.name == "toy":
             replace_between(ROOT / "README.md", "results", variants_markdown(run))
     except SarmlibError as error:
         print(f"error: {error}", file=sys.stderr)
