@@ -27,7 +27,9 @@ from sarmlib.interpretation.judges import KeywordJudge, held_out_sample
 MARK = "browser.json"  # a folder that holds this file was written here and may be replaced
 BARS = 12  # features in the waterfall of a pair; those without a label, and the smaller ones, are a bar each
 ERRORS = 2  # responses of each kind that a label gets wrong
-_BLANK = {"\u115f", "\u1160", "\u3164", "\uffa0", "\u2800"}  # letters and symbols that look like nothing
+# letters and symbols that look like nothing
+_BLANK = {*"\u115f\u1160\u3164\uffa0\u2800\u034f\u17b4\u17b5\u180b\u180c\u180d\u180f",
+          *map(chr, range(0xfe00, 0xfe10)), *map(chr, range(0xe0100, 0xe01f0))}
 _HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 

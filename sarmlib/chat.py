@@ -4,15 +4,19 @@ A conversation is a list of ``{"role", "content"}`` messages that ends with an a
 position is found by mask and never by comparing ids with the pad token (pad may equal end of text).
 """
 
+import signal
+import threading
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from sarmlib.errors import ConfigError, DataError
+from sarmlib.errors import ConfigError, DataError, ModelError
 
+SECONDS, MAX_TEXT = 5.0, 1_000_000  # of rendering one conversation; characters that a template may add
 FALLBACK_TEMPLATE = "{% for m in messages %}<|{{m.role}}|>\n{{m.content}}\n{% endfor %}{{eos_token or ''}}"
 
 
@@ -31,15 +35,35 @@ def check_conversation(messages: Sequence[dict]) -> None:
 
 def render(tokenizer, messages: Sequence[dict]) -> str:
     """The text of a conversation under the tokenizer's chat template (else a plain one), turn closed."""
-    from jinja2.exceptions import TemplateError
-
     check_conversation(messages)
     template = None if tokenizer.chat_template else FALLBACK_TEMPLATE
     try:
-        return tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False)
-    except TemplateError as error:
+        with _within(SECONDS):
+            text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False)
+        text.encode()
+    except Exception as error:  # a template is a program: whatever it raises is a fault of the model's folder
         roles = [message["role"] for message in messages]
-        raise DataError(f"the chat template refuses a conversation with roles {roles}: {error}") from error
+        raise DataError(f"the chat template refuses a conversation with roles {roles}: {error!r}") from error
+    if not text.strip() or len(text) > MAX_TEXT + 2 * sum(len(message["content"]) for message in messages):
+        raise DataError(f"the chat template makes {len(text)} characters of a conversation; the model needs another")
+    return text
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """TimeoutError after so many seconds; only the main thread can be interrupted."""
+    def stop(*_):
+        raise TimeoutError(f"it runs longer than {seconds} s")
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def encode_conversations(tokenizer, conversations: Iterable[Sequence[dict]],
@@ -62,6 +86,15 @@ def truncate_left(tokenizer, sequences: Iterable[list[int]], max_length: int) ->
     bos = _facts(tokenizer, tokenizer.chat_template)[0]
     cut = ((ids, ids[:1] if ids[0] == bos else []) for ids in sequences)
     return [ids if len(ids) <= max_length else head + ids[len(head) - max_length:] for ids, head in cut]
+
+
+def check_vocabulary(config, tokenizer) -> None:
+    """ModelError for a tokenizer with ids that the model's embedding does not have."""
+    size = getattr(config.get_text_config(), "vocab_size", None) or getattr(config, "vocab_size", None)
+    most = max(tokenizer.get_vocab().values(), default=-1)
+    if size is not None and most >= size:
+        raise ModelError(f"the tokenizer has ids up to {most}, the model's embedding {size} rows; the folder's files "
+                         "belong to different models")
 
 
 def fit_length(model, max_length: int) -> int:
@@ -100,7 +133,7 @@ def collate(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> dict[str, Te
 def reward_position(attention_mask: Tensor) -> Tensor:
     """Index of the last attended token (nonzero in [B, T]) of each row, int64 [B], for any padding side."""
     attended = attention_mask != 0
-    if not bool(attended.any(dim=-1).all()):
+    if not torch.compiler.is_exporting() and not bool(attended.any(dim=-1).all()):
         raise DataError("attention_mask has a row without attended tokens; there is nothing to reward in it")
     return attended.shape[-1] - 1 - attended.flip(-1).int().argmax(dim=-1)
 

@@ -241,13 +241,17 @@ def steer(model: Model, output: Annotated[Path, option("folder to write", callba
         raise typer.BadParameter("give --feature ID=FACTOR, or --undo alone, and an --output that does not exist")
     from sarmlib.hub import quiet
     from sarmlib.sarm import steering
+    from sarmlib.store import writing
     scorer = _scorer(model)
     edited = steering.unsteer(scorer.model) if undo else steering.steer(scorer.model, factors)
     work = output.with_name(f".{output.name}.{os.getpid()}")
-    with quiet():
-        edited.save_pretrained(work)
-    scorer.tokenizer.save_pretrained(work)
-    work.rename(output)
+    try:
+        with writing(output), quiet():
+            edited.save_pretrained(work)
+            scorer.tokenizer.save_pretrained(work)
+            work.rename(output)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     for one in edited.config.sarm_edits:
         note = "" if one["before"] else " (it was 0: nothing changes)"
         print(f"feature {one['feature']}: weight {one['before']:+.4g} to {one['after']:+.4g}{note}")
@@ -381,7 +385,8 @@ def _claim(output: Path, job, **inputs) -> None:
     from sarmlib.store import write_atomic
     path = output / "settings.json"
     used = json.dumps({**job.profile.model_dump(mode="json"), "decoder": job.backbone_key, **inputs})
-    if path.exists() and path.read_text(encoding="utf-8") != used:
+    kept = [one for one in output.rglob("*") if one.is_file() and one.suffix != ".lock" and ".partial-" not in str(one)]
+    if kept != [path] and path.exists() and path.read_text(encoding="utf-8") != used:
         raise ConfigError(f"--output {output} holds work with other settings ({path}); name another folder")
     if RANK == 0:
         if not path.exists() and output.is_dir() and any(output.iterdir()):
@@ -496,8 +501,10 @@ def _deliver(rows: list[dict], output: Path | None, items) -> None:
 def _assigned(texts: list[str] | None) -> dict[str, Any]:
     """{NAME: VALUE} of NAME=VALUE texts, values as YAML reads them."""
     import yaml
+
+    from sarmlib.profiles import read_yaml
     try:
-        return {name: yaml.safe_load(value) for name, value in (text.split("=", 1) for text in texts or ())}
+        return {name: read_yaml(value) for name, value in (text.split("=", 1) for text in texts or ())}
     except (ValueError, yaml.YAMLError):
         raise typer.BadParameter(f"{', '.join(texts or ())}: give NAME=VALUE") from None
 

@@ -79,6 +79,7 @@ def save(fig: Drawing, data: pd.DataFrame, name: str, folder, note: str = "") ->
     if note and not any(text.get_gid() == "note" for text in fig.texts):
         fig.set_layout_engine("constrained", rect=(0, strip, 1, 1 - strip))
         fig.text(0.995, 0.005, note, ha="right", va="bottom", fontsize=6.5, color=GREY, gid="note")
+    data = data.map(lambda cell: f"'{cell}" if isinstance(cell, str) and cell.lstrip()[:1] in tuple("=+-@") else cell)
     files = {"png": fig.image("png", dpi=200, pil_kwargs={"optimize": True}), "pdf": fig.image("pdf"),
              "csv": data.to_csv(index=False, float_format="%.6g", lineterminator="\n"),
              "txt": f"{fig.alt} {note}".strip() + "\n"}

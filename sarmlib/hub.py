@@ -1,5 +1,6 @@
 """The one door to what may lie on a hub: bounded in time, and clear about what is missing."""
 
+import json
 import os
 import re
 import socket
@@ -91,6 +92,15 @@ def from_hub(auto_class, path: str | os.PathLike | None, **kwargs):
 
 def weights_from_hub(auto_class, path, *, kinds=("missing", "mismatched"), **kwargs):
     """(model, loading info) by `from_hub`; ModelError for weights that do not fit (they would be random)."""
+    if not str(path).endswith(".gguf"):
+        kwargs.setdefault("use_safetensors", True)  # a .bin file is a pickle
+    for index in Path(path or "").glob("*.index.json") if path else ():
+        try:
+            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            raise ModelError(f"{str(index)!r} is no index of weights: {error!r}") from error
+        if wrong := [name for name in map(str, named) if Path(name).name != name]:
+            raise ModelError(f"{str(index)!r} names {wrong[0]!r}, which is no file of its folder")
     kwargs["ignore_mismatched_sizes"] = True  # reported here, with the other kinds
     model, info = from_hub(auto_class, path, output_loading_info=True, **kwargs)
     for kind in kinds:

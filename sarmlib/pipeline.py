@@ -37,7 +37,7 @@ from transformers import AutoConfig, ProgressCallback
 
 from sarmlib import plan
 from sarmlib.backbone import cut_config, load_backbone, load_tokenizer, n_layers
-from sarmlib.chat import encode_conversations
+from sarmlib.chat import check_vocabulary, encode_conversations
 from sarmlib.data import benchmarks as loaders
 from sarmlib.data import pairs as preference
 from sarmlib.data.rows import iter_rows
@@ -101,7 +101,9 @@ class Run:
     @cached_property
     def tokenizer(self):
         """The decoder's tokenizer."""
-        return load_tokenizer(self.backbone_path, **self.hub)
+        tokenizer = load_tokenizer(self.backbone_path, **self.hub)
+        check_vocabulary(from_hub(AutoConfig, self.backbone_path, **self.hub), tokenizer)
+        return tokenizer
 
     @cached_property
     def shape(self) -> dict[str, int]:

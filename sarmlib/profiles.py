@@ -28,10 +28,32 @@ def _number(value: Any) -> Any:
     """``3/64`` and ``4e-6``, which YAML reads as text, as numbers; true and false are none."""
     if isinstance(value, bool):
         raise ValueError("must be a number")
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError("is too large")
     if isinstance(value, str):
         with suppress(ValueError, ArithmeticError):  # pydantic says what is wrong
             return float(Fraction(value) if "/" in value else value)
     return value
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML: aliases can blow up to any size, and of two equal keys one would be lost."""
+
+    def compose_node(self, parent, index):
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not read here")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if len({str(key) for key in keys}) < len(keys):
+            raise yaml.YAMLError(f"a setting is given twice among {', '.join(map(str, keys))}"[:300])
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """YAML without aliases and duplicate keys."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def _distinct(values: tuple) -> tuple:
@@ -43,7 +65,7 @@ def _distinct(values: tuple) -> tuple:
 Number = Annotated[float, BeforeValidator(_number)]
 Whole = Annotated[int, BeforeValidator(_number)]
 Count = Annotated[Whole, Field(ge=1)]
-Seed = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[NotNegative, Field(le=1)]
@@ -130,7 +152,8 @@ class Reward(Settings):
     micro_batch_size: Count | None = None  # pairs per device and forward pass; None = batch_size
     warmup_ratio: Share = 0.0  # of the steps (not stated in the paper)
     weight_decay: NotNegative = 0.0  # AdamW's (not stated in the paper)
-    scheduler: str = "cosine"  # a transformers name (not stated in the paper)
+    scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup",
+                       "inverse_sqrt"] = "cosine"  # a transformers name (not stated in the paper)
     gradient_checkpointing: StrictBool = False  # trade compute for memory
 
 
@@ -275,7 +298,7 @@ def _read(name_or_path: str | Path) -> dict:
             raise ConfigError(f"unknown profile {str(path)!r}{_closest(str(path), known)}")
         path = FOLDER / f"{path}.yaml"
     try:
-        return {"name": path.stem, **(yaml.safe_load(path.read_text(encoding="utf-8")) or {})}
+        return {"name": path.stem, **(read_yaml(path.read_text(encoding="utf-8")) or {})}
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"profile {path} cannot be read as a mapping of settings: {error}") from error
 
@@ -290,7 +313,10 @@ def _in_words(error: Any) -> str:
     if error["type"] == "missing":
         return f"setting {where!r} is missing"
     rule = error["msg"].removeprefix("Value error, ").replace("Input should", "must")
-    return f"{where} = {error['input']!r}: {rule}"
+    try:
+        return f"{where} = {error['input']!r:.200}: {rule}"
+    except ValueError:  # thousands of digits
+        return f"{where}: {rule}"
 
 
 def _closest(name: str, known: list[str]) -> str:

@@ -16,6 +16,7 @@ import json
 import logging
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
@@ -48,12 +49,13 @@ def default_root(profile: str = "toy") -> Path:
 
 
 @contextmanager
-def _disk(path: Path) -> Iterator[None]:
-    """What the disk refuses is an ArtifactError; safetensors wraps such an error and loses its number."""
+def writing(path: str | os.PathLike) -> Iterator[None]:
+    """What the disk refuses is an ArtifactError; safetensors, torch and tokenizers wrap it and lose its number."""
     try:
         yield
-    except (OSError, SafetensorError) as error:
-        if getattr(error, "errno", errno.EIO) not in _DISK:
+    except Exception as error:
+        wrapped = re.search("No space left|inline_container|os error", str(error)) or isinstance(error, SafetensorError)
+        if not wrapped and getattr(error, "errno", None) not in _DISK:
             raise
         raise ArtifactError(f"cannot write {str(path)!r}: {error}; free some disk space, make the folder writable or "
                             "name another one") from error
@@ -68,7 +70,7 @@ def write_atomic(path: str | os.PathLike, data: str | bytes | Callable[[Path], A
     if path.exists() and not path.is_file():
         raise ArtifactError(f"{str(path)!r} is no regular file and cannot be replaced; name another path")
     temporary = path.with_name(f".{uuid.uuid4().hex[:12]}.{path.name}")
-    with _disk(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             if callable(data):
@@ -222,7 +224,7 @@ class Store:
         if self.read_only:
             raise NotMadeError(f"{stage}/{key} has not been made under {self.root}")
         try:
-            with _disk(final):
+            with writing(final):
                 final.parent.mkdir(parents=True, exist_ok=True)
                 with FileLock(final.with_name(f".{key}.lock"), timeout=LOCK_SECONDS):
                     return _read(final) or _make(final, settings, inputs, make, resumable)  # made meanwhile?

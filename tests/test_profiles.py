@@ -152,5 +152,5 @@ def test_local_profile_asks_for_its_folder(tmp_path, monkeypatch):
 
 def test_a_decoder_that_has_not_been_made_names_its_command():
     assert backbone_path(load("toy", **{"backbone.source": "a/b"})) == "a/b"
-    with pytest.raises(ConfigError, match="make it with `python tools/absent.py`"):
+    with pytest.raises(ConfigError, match="make it with `make absent`"):
         backbone_path(load("smollm2", **{"backbone.source": "models/absent"}))

@@ -234,3 +234,29 @@ def test_exported_models_load_without_the_package(tmp_path):
                           capture_output=True, text=True, env=env, cwd=tmp_path)
     for found, model in zip(json.loads(done.stdout.splitlines()[-1]), models * 2, strict=True):
         torch.testing.assert_close(torch.tensor(found), model(ids, mask).logits, atol=1e-5, rtol=0)
+
+
+def test_resized_embeddings_survive_saving(tmp_path):
+    model = tiny_sarm()
+    model.resize_token_embeddings(VOCAB + 8)
+    model.save_pretrained(tmp_path)
+    loaded = SarmForSequenceClassification.from_pretrained(tmp_path)
+    ids = torch.tensor([[VOCAB + 3, 5, 6]])
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+def test_a_head_that_others_replaced_is_called():
+    model, ids = tiny_sarm(), torch.tensor([[5, 6, 7]])
+    plain = model(ids).logits
+    model.score = torch.nn.Sequential(model.score)  # as an adapter would
+    torch.testing.assert_close(model(ids).logits, plain)
+    model(ids).logits.sum().backward()
+    assert model.score[0].weight.grad.any()
+
+
+def test_outputs_that_the_config_asks_for():
+    model, ids = tiny_sarm(), torch.tensor([[5, 6, 7]])
+    model.config.output_hidden_states = True
+    assert model(ids).hidden_states is not None and model(ids, output_hidden_states=False).hidden_states is None
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy import stats
+from scipy.stats import binom
 
 from sarmlib.errors import DataError
 from sarmlib.evaluation import statistics as S
@@ -13,15 +14,28 @@ def test_bootstrap_agrees_with_the_normal_interval_of_a_mean():
     half, ci = 1.96 * x.std() / np.sqrt(len(x)), S.bootstrap_ci(x, n=4000)
     assert ci.estimate == pytest.approx(x.mean()) and ci.n == 800 and ci.method == "BCa"
     assert (ci.low, ci.high) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.005)
-    same = S.bootstrap_ci(np.ones(8), n=100)
-    assert (same.low, same.high, same.method) == (1, 1, "percentile") and S.bootstrap_ci(x, n=4000) == ci
+    same = S.bootstrap_ci(np.full(8, 0.5), n=100)
+    assert (same.low, same.high, same.method) == (0.5, 0.5, "percentile") and S.bootstrap_ci(x, n=4000) == ci
+
+
+@pytest.mark.parametrize("p, n", [(0.95, 50), (0.98, 50), (0.9, 20), (0.7, 50)])
+def test_few_zeros_and_ones_get_an_exact_interval_that_covers(p, n):
+    covered = 0.0
+    for wins in range(n + 1):
+        ci = S.bootstrap_ci(np.r_[np.ones(wins), np.zeros(n - wins)])
+        covered += binom.pmf(wins, n, p) * (ci.low - 1e-9 <= p <= ci.high + 1e-9)
+    assert covered >= 0.95
+    sure = S.bootstrap_ci(np.ones(5), n=100)
+    assert sure.high == 1 and sure.low == pytest.approx(0.025 ** (1 / 5)) and S.verdict(sure, 0.5) == S.UNDECIDED
 
 
 def test_strata_give_the_mean_of_subset_means():
-    x = np.r_[np.tile([0.0, 1.0], 50), np.ones(20)]
-    ci = S.bootstrap_ci(x, n=2000, strata=["a"] * 100 + ["b"] * 20)
-    assert ci.estimate == 0.75
-    assert (ci.high - ci.low) / 2 == pytest.approx(1.96 * 0.5 / np.sqrt(100) / 2, rel=0.1)
+    x, strata = np.r_[np.tile([0.0, 2.0], 50), np.full(20, 2.0)], ["a"] * 100 + ["b"] * 20
+    ci = S.bootstrap_ci(x, n=2000, strata=strata)
+    assert ci.estimate == 1.5
+    assert (ci.high - ci.low) / 2 == pytest.approx(1.96 / np.sqrt(100) / 2, rel=0.1)
+    exact = S.bootstrap_ci(x / 2, strata=strata)
+    assert exact.estimate == 0.75 and exact.method == "exact" and 0.6 < exact.low < 0.7 and 0.79 < exact.high < 0.81
 
 
 def test_bootstrap_coverage_is_nominal():

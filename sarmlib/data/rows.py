@@ -12,9 +12,11 @@ from sarmlib.errors import DataError, OfflineError
 from sarmlib.hub import check_access
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
+MAX_CHARS = 10_000_000  # of one text
 _NOT_DATA = (".", "readme", "license", "licence", "copying", "sources", "notice", "requirements")
 # what gzip, the decoders, JSON and the Parquet reader raise about a damaged file
-_DAMAGED = (OSError, EOFError, ValueError, TypeError, zlib.error, NotImplementedError, LookupError, RecursionError)
+_DAMAGED = (OSError, EOFError, ValueError, TypeError, zlib.error, NotImplementedError, LookupError, RecursionError,
+            OverflowError)
 
 
 @dataclass

@@ -29,13 +29,21 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sarmlib.backbone import load_tokenizer
-from sarmlib.chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id, render
+from sarmlib.chat import (
+    check_vocabulary,
+    collate,
+    count_not_end_of_turn,
+    encode_conversations,
+    fit_length,
+    pad_id,
+    render,
+)
 from sarmlib.errors import ArtifactError, ConfigError, DataError, ModelError
 from sarmlib.evaluation import rewardbench2, rm_bench
 from sarmlib.evaluation.statistics import bootstrap_ci
 from sarmlib.extractor import position_rule
 from sarmlib.hub import from_hub, hub_folder, weights_from_hub
-from sarmlib.store import hash_json, write_atomic, write_json
+from sarmlib.store import hash_json, write_atomic, write_json, writing
 
 MAX_LENGTH = 2048  # tokens of a text in both benchmarks' official scripts
 LONGEST_ROW = 4096  # tokens of a row with more than one text: its mask has the square of that
@@ -339,7 +347,9 @@ def load_scorer(source: str | os.PathLike, *, revision: str | None = None, trust
     # before any code of the model can run
     reader = SimpleNamespace(from_pretrained=PretrainedConfig.get_config_dict)
     written, _ = from_hub(reader, source, revision=revision)
-    names: list[str] = written.get("architectures") or []
+    names = written.get("architectures") or [] if isinstance(written, dict) else None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"config.json of {str(source)!r} is no model's: architectures must be a list of names")
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     foreign = written.get("auto_map") and not any(hasattr(own, name) for name in names)
     if "LlamaSARM" in names:
@@ -357,6 +367,7 @@ def load_scorer(source: str | os.PathLike, *, revision: str | None = None, trust
 
 def prepared(model, tokenizer, name: str | os.PathLike) -> Scorer:
     """A `Scorer` of a loaded model: in evaluation mode, with one pad token for model and tokenizer."""
+    check_vocabulary(model.config, tokenizer)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     for config in (model.config, _decoder_config(model), model.config.get_text_config()):
@@ -403,7 +414,7 @@ def evaluate(scorer: Scorer, rows: dict[str, Sequence[dict]], output: str | os.P
         summary(name, part, [[0.0] * len(answers(row)) for row in part])  # so that bad rows show now
     output.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(output / ".lock", timeout=0):
+        with writing(output), FileLock(output / ".lock", timeout=0):
             found = _evaluate(scorer, rows, output / "scores.jsonl", max_length, progress)
             write_json(output / "results.json", found)
             return found

@@ -76,9 +76,11 @@ class TopKSAE(nn.Module):
     def __init__(self, d_model: int, n_features: int, k: int, *, encoder_bias: bool = False, relu: bool = True,
                  normalize: bool = True, generator: torch.Generator | None = None):
         super().__init__()
-        integers = all(isinstance(size, int) for size in (d_model, n_features, k))
+        integers = all(type(size) is int for size in (d_model, n_features, k))
         if not integers or d_model < 2 or not 1 <= k <= n_features:
             raise ConfigError(f"{d_model=}, {n_features=}, {k=} are no integers with d_model > 1, 1 <= k <= n_features")
+        if not all(isinstance(switch, bool) for switch in (encoder_bias, relu, normalize)):
+            raise ConfigError(f"{encoder_bias=}, {relu=}, {normalize=} must be true or false")
         self.d_model, self.n_features, self.k = d_model, n_features, k
         self.relu, self.normalizes = bool(relu), bool(normalize)
         directions = nn.functional.normalize(torch.randn(n_features, d_model, generator=generator), dim=-1)
@@ -121,8 +123,10 @@ class TopKSAE(nn.Module):
         flat = sparse_decode(code.indices.reshape(-1, k), code.values.reshape(-1, k), self.W_dec)
         return flat.view(*code.indices.shape[:-1], self.d_model) + self.b_pre
 
-    def forward(self, x: Tensor) -> SAEOutput:
+    def forward(self, x: Tensor, part: str = "all"):
         """Encode, decode and undo the normalisation; the loss is taken in normalised space."""
+        if part != "all":
+            return self.encode(x) if part == "code" else self.preactivations(x)
         x_norm, mean, std = self.normalize(x)
         code = self._encode_normalized(x_norm)
         x_hat = self.decode(code)
@@ -164,6 +168,8 @@ class TopKSAE(nn.Module):
         """An SAE around given weights, without drawing random ones first."""
         with torch.device("meta"):
             sae = cls(**settings)
+        if wrong := [f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]:
+            raise ModelError(f"weights of an SAE are real numbers, not {', '.join(wrong)}")
         sae.load_state_dict(state, assign=True)
         return sae.requires_grad_(True)
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +46,8 @@ class SAETrainConfig:
     def __post_init__(self):
         steps = 1 if self.steps is None else self.steps
         positive = (self.lr, self.batch_size, steps, self.dead_after, self.log_every, self.checkpoint_every)
-        if not all(value > 0 for value in positive) or not (self.renorm_every >= 0 and self.auxk_coef >= 0):
+        if not (all(0 < value < math.inf for value in positive) and self.renorm_every >= 0 and self.seed >= 0
+                and 0 <= self.auxk_coef < math.inf and all(0 <= beta < 1 for beta in self.betas)):
             raise ConfigError(f"a setting is not positive (renorm_every and auxk_coef may be 0): {self}")
         if self.matmul_dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"matmul_dtype={self.matmul_dtype!r} is unknown; use float32 or bfloat16")

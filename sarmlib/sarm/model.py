@@ -14,11 +14,13 @@ import inspect
 import json
 import os
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.configuration_utils import PretrainedConfig
@@ -29,7 +31,7 @@ from sarmlib.chat import reward_position
 from sarmlib.errors import ConfigError, DataError, ModelError
 from sarmlib.hub import quiet, weights_from_hub
 from sarmlib.sae.topk import SparseCode, TopKSAE
-from sarmlib.store import imports_of, write_atomic
+from sarmlib.store import imports_of, write_atomic, writing
 
 EXPORTED = "modeling_sarm"  # name of this module beside exported weights
 
@@ -153,16 +155,22 @@ class _RewardModel(PreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs):
         """Load a saved reward model; ModelError for missing, unexpected or misshapen weights."""
         kinds = ("missing", "unexpected", "mismatched")
+        _check_numbers(pretrained_model_name_or_path)
         model, info = weights_from_hub(super(), pretrained_model_name_or_path, kinds=kinds, **kwargs)
         model.freeze()
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, *args, **kwargs):
-        with quiet():
+        with quiet(), writing(args[0] if args else kwargs["save_directory"]):
             return super().save_pretrained(*args, **kwargs)
 
     def freeze(self) -> None:
         """Set ``requires_grad`` as the config says; transformers 5 makes every loaded parameter trainable."""
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        embeddings = super().resize_token_embeddings(*args, **kwargs)
+        self.config.backbone_config.vocab_size = self.config.vocab_size
+        return embeddings
 
     def reward_state(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """x_last [B, d]: state of the last attended token (eq. 6); without a mask, pad tokens are padding."""
@@ -180,16 +188,19 @@ class _RewardModel(PreTrainedModel):
         loss = None if labels is None else nn.functional.mse_loss(logits[:, 0], labels.reshape(-1).float())
         seen = states.get("hidden_states"), states.get("attentions")
         output = RewardOutput(loss, logits, *seen, code, hidden)
-        return output.to_tuple() if return_dict is False else output
+        wanted = self.config.return_dict if return_dict is None else return_dict
+        return output if wanted else output.to_tuple()
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None, **asked) -> tuple[Tensor, ModelOutput]:
         """(state of the last attended token [B, d], all that the backbone returned)."""
         if attention_mask is None:
             attention_mask = self._mask_from_ids(input_ids)
+        exporting = torch.compiler.is_exporting()
         last, attended = reward_position(attention_mask), attention_mask != 0
         inputs = {"input_ids": input_ids, "use_cache": False}
+        asked = {name: getattr(self.config, name) if wanted is None else wanted for name, wanted in asked.items()}
         inputs |= {name: True for name, wanted in asked.items() if wanted}  # not every family takes each name
-        if not bool((attended[:, 1:] <= attended[:, :-1]).all()):
+        if exporting or not bool((attended[:, 1:] <= attended[:, :-1]).all()):
             # Padding on the left or in between: mask it, and count positions from the first attended token.
             inputs["attention_mask"] = attention_mask
             if "position_ids" in inspect.signature(self.model.forward).parameters:
@@ -262,8 +273,8 @@ class SarmForSequenceClassification(_RewardModel):
     def encode(self, hidden: Tensor) -> SparseCode:
         """z (eq. 7) of raw hidden states [B, d]; without TopK every one of the M activations is kept."""
         if self.config.topk:
-            return self.sae.encode(hidden)
-        values = self.sae.preactivations(hidden)
+            return self.sae(hidden, "code")
+        values = self.sae(hidden, "preactivations")
         values = values.relu() if self.config.relu else values
         indices = torch.arange(values.shape[-1], device=values.device).expand_as(values)
         return SparseCode(indices, values, values.shape[-1])
@@ -271,6 +282,8 @@ class SarmForSequenceClassification(_RewardModel):
     def reward(self, hidden: Tensor) -> tuple[Tensor, SparseCode]:
         """(r = sum_i w_i z_i [B, 1] float32 (eq. 9), z) of raw hidden states [B, d]."""
         code = self.encode(hidden)
+        if type(self.score) is not nn.Linear or hasattr(self.score, "_hf_hook"):  # adapters, offloading, quantisation
+            return self.score(code.dense()).float(), code
         weights = self.score.weight[0][code.indices] if self.config.topk else self.score.weight[0]
         return (code.values.float() * weights.float()).sum(-1, keepdim=True), code
 
@@ -294,6 +307,15 @@ class ScalarRewardModel(_RewardModel):
     def reward(self, hidden: Tensor) -> tuple[Tensor, None]:
         """(r [B, 1] float32, None) of states [B, d] after the final norm."""
         return self.score(hidden).float(), None
+
+
+def _check_numbers(folder) -> None:
+    """ModelError for stored weights that are no real numbers."""
+    for file in Path(folder or os.devnull).glob("*.safetensors"):
+        with suppress(OSError, SafetensorError), safe_open(file, "pt") as weights:  # a damaged one is told of later
+            kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}
+            if wrong := [f"{name} is {kind}" for name, kind in kinds.items() if not kind.startswith(("F", "BF"))]:
+                raise ModelError(f"{str(file)!r}: {wrong[0]}; weights are real numbers")
 
 
 def _backbone(backbone, layer: int | None, load_kwargs: dict) -> PreTrainedModel:

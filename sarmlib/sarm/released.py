@@ -41,6 +41,9 @@ def official_settings(path: str | os.PathLike, **given: int | bool | None) -> di
     params = _read_json(path / "config.json").get("sarm_param") or {}
     stored = {key: params.get(name) for key, name in PARAMS.items()}
     stored["top_k"] = params.get("sarm_use_topk", stored["top_k"])
+    if wrong := {key: value for key, value in stored.items() if value is not None
+                 and type(value) is not (bool if key == "top_k" else int)}:
+        raise ConfigError(f"sarm_param in config.json of {str(path)!r} holds settings of another type: {wrong}")
     named = _settings_in_name(path.resolve().name)
     for place, settings in {"directory name": named, "config.json": stored, "argument": given}.items():
         for key, value in settings.items():
@@ -120,6 +123,8 @@ def _read_weights(path: Path, layer: int) -> dict[str, torch.Tensor]:
     files = sorted(set(_read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
     state = {}
     for file in files:
+        if Path(str(file)).name != file:
+            raise ModelError(f"{str(index)!r} names {file!r}, which is no file of its folder")
         with readable(path / file, "safetensors file"), safe_open(path / file, framework="pt") as shard:
             for name in shard.keys():
                 number = re.match(r"model\.layers\.(\d+)\.", name)

@@ -49,7 +49,7 @@ def steer(model, factors: dict[int, float]):
     Raises ModelError without a linear head, ConfigError for a feature or factor that cannot be.
     """
     edited = copy.deepcopy(model)
-    head, edits = _head(edited), list(getattr(model.config, "sarm_edits", None) or [])
+    head, edits = _head(edited), list(_edits(model))
     for feature, factor in factors.items():
         if feature not in range(len(head)):
             raise ConfigError(f"feature {feature!r} is not an integer in 0..{len(head) - 1}")
@@ -58,15 +58,29 @@ def steer(model, factors: dict[int, float]):
         edit = {"feature": int(feature), "factor": float(factor), "before": head[feature].item()}
         head[feature] *= float(factor)
         edits.append({**edit, "after": head[feature].item()})
+        if not math.isfinite(edits[-1]["after"]):
+            raise ConfigError(f"factor {factor} makes the weight of feature {feature} infinite; it is {edit['before']}")
     edited.config.sarm_edits = edits
     return edited
+
+
+def _edits(model) -> list[dict]:
+    """The edits that a config records; ModelError when somebody else wrote something there."""
+    edits, features = getattr(model.config, "sarm_edits", None) or [], range(len(_head(model)))
+    try:
+        good = all(edit["feature"] in features and math.isfinite(edit["before"] + edit["after"]) for edit in edits)
+    except (TypeError, LookupError):
+        good = False
+    if not good:
+        raise ModelError(f"sarm_edits in config.json is no list of edits: {edits!r:.60}")
+    return edits
 
 
 def unsteer(model):
     """Deep copy of a steered model with every edit in ``config.sarm_edits`` undone, bit by bit."""
     restored = copy.deepcopy(model)
     head = _head(restored)
-    for edit in reversed(getattr(model.config, "sarm_edits", None) or []):
+    for edit in reversed(_edits(model)):
         if head[edit["feature"]].item() != edit["after"]:
             raise ModelError(f"head weight {edit['feature']} is no longer what the edit left; not undone")
         head[edit["feature"]] = edit["before"]

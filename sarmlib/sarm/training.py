@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, SchedulerType, Trainer, TrainerControl, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sarmlib.chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id
@@ -23,7 +23,7 @@ from sarmlib.data.pairs import SIDES, conversations, load_pairs
 from sarmlib.errors import ConfigError, ModelError
 from sarmlib.evaluation.scorer import score_ids
 from sarmlib.sae.topk import hash_tensors
-from sarmlib.store import hash_json, hash_tree, write_json
+from sarmlib.store import hash_json, hash_tree, write_json, writing
 
 RECORD = "complete.json"  # written last into a checkpoint
 
@@ -197,7 +197,8 @@ class RewardTrainer(Trainer):
         return LengthGroupedSampler(lengths, group, self.reward_config.seed)
 
     def _save_checkpoint(self, model, trial) -> None:
-        super()._save_checkpoint(model, trial)
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
             folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
@@ -225,8 +226,13 @@ class RewardTrainer(Trainer):
 
 
 def _arguments(config: RewardTrainConfig, output_dir, has_eval: bool, progress: bool) -> TrainingArguments:
-    if not min(config.lr, config.epochs, config.batch_size, config.micro_batch_size or 1) > 0:
-        raise ConfigError(f"lr, epochs, batch_size and micro_batch_size must be positive: {config}")
+    numbers = (config.lr, config.head_lr or 1, config.epochs, config.batch_size, config.micro_batch_size or 1,
+               config.log_every)
+    shares = (config.weight_decay, config.warmup_ratio)
+    if not (all(0 < one < float("inf") for one in numbers) and all(0 <= one < float("inf") for one in shares)
+            and 0 <= config.seed < 2**32 and config.scheduler in list(SchedulerType)):
+        raise ConfigError(f"lr, head_lr, epochs, batch_size, micro_batch_size and log_every must be positive and "
+                          f"finite, seed in 0..2^32-1, scheduler one of {', '.join(SchedulerType)}: {config}")
     world = int(os.environ.get("WORLD_SIZE", 1))
     share = max(1, config.batch_size // world)
     micro = min(config.micro_batch_size or share, share)
@@ -253,7 +259,8 @@ def _prepare(model) -> None:
         model.float()
     frozen = getattr(model.config, "frozen_sae", False)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not (frozen and name.startswith("sae.")))
+        read = name != "sae.W_dec"  # no reward depends on it, and DDP waits for every gradient
+        parameter.requires_grad_(read and not (frozen and name.startswith("sae.")))
 
 
 def encoder_hash(model, dtype: torch.dtype = torch.float32) -> str:
