@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 
 from sarmlib.errors import ArtifactError, NotMadeError
 
@@ -50,11 +49,11 @@ def default_root(profile: str = "toy") -> Path:
 
 @contextmanager
 def writing(path: str | os.PathLike) -> Iterator[None]:
-    """What the disk refuses is an ArtifactError; safetensors, torch and tokenizers wrap it and lose its number."""
+    """What the disk refuses is an ArtifactError; safetensors, torch and tokenizers lose its number, not its words."""
     try:
         yield
     except Exception as error:
-        wrapped = re.search("No space left|inline_container|os error", str(error)) or isinstance(error, SafetensorError)
+        wrapped = re.search("No space left|inline_container|os error 28|while serializing", str(error))
         if not wrapped and getattr(error, "errno", None) not in _DISK:
             raise
         raise ArtifactError(f"cannot write {str(path)!r}: {error}; free some disk space, make the folder writable or "

@@ -73,6 +73,8 @@ def checked(rows: Iterable, name: str, check: Callable, report: Report) -> Itera
         try:
             if not isinstance(row, dict):
                 raise DataError(f"is a {type(row).__name__}; an object with named fields is needed")
+            if any(isinstance(value, str) and len(value) > MAX_CHARS for value in row.values()):
+                raise DataError(f"holds a text of more than {MAX_CHARS:,} characters; cut it")
             json.dumps(row, ensure_ascii=False, default=str).encode()
             yield check({field: value for field, value in row.items() if value is not None}, number, name)
         except Dropped as reason:

@@ -82,7 +82,7 @@ class TopKSAE(nn.Module):
         if not all(isinstance(switch, bool) for switch in (encoder_bias, relu, normalize)):
             raise ConfigError(f"{encoder_bias=}, {relu=}, {normalize=} must be true or false")
         self.d_model, self.n_features, self.k = d_model, n_features, k
-        self.relu, self.normalizes = bool(relu), bool(normalize)
+        self.relu, self.normalizes = relu, normalize
         directions = nn.functional.normalize(torch.randn(n_features, d_model, generator=generator), dim=-1)
         self.W_enc = nn.Parameter(directions)
         self.W_dec = nn.Parameter(directions.clone())
@@ -124,7 +124,11 @@ class TopKSAE(nn.Module):
         return flat.view(*code.indices.shape[:-1], self.d_model) + self.b_pre
 
     def forward(self, x: Tensor, part: str = "all"):
-        """Encode, decode and undo the normalisation; the loss is taken in normalised space."""
+        """Encode, decode and undo the normalisation -> `SAEOutput`; the loss is taken in normalised space.
+
+        ``part``: "code" gives :meth:`encode` alone, "preactivations" those: called as a module, so that hooks
+        (offloading) see it.
+        """
         if part != "all":
             return self.encode(x) if part == "code" else self.preactivations(x)
         x_norm, mean, std = self.normalize(x)

@@ -68,7 +68,8 @@ def _edits(model) -> list[dict]:
     """The edits that a config records; ModelError when somebody else wrote something there."""
     edits, features = getattr(model.config, "sarm_edits", None) or [], range(len(_head(model)))
     try:
-        good = all(edit["feature"] in features and math.isfinite(edit["before"] + edit["after"]) for edit in edits)
+        good = all(type(edit["feature"]) is int and edit["feature"] in features
+                   and math.isfinite(edit["before"] + edit["after"]) for edit in edits)
     except (TypeError, LookupError):
         good = False
     if not good:

@@ -11,6 +11,8 @@ import time
 import traceback
 import warnings
 
+import pytest
+
 from sarmlib.cli import main
 from sarmlib.errors import SarmlibError
 
@@ -80,3 +82,8 @@ def edit_json(path, **changes):
 def copied(folder, target):
     shutil.copytree(folder, target)
     return target
+
+
+def refused(found):
+    if found[0] != "refused":
+        pytest.fail(f"{found[0]}: {found[1][-250:]!r}", pytrace=False)

@@ -8,34 +8,12 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from sarmlib.sae.topk import TopKSAE
-from tests.reliability.outcome import command, copied, edit_json, outcome
-from tests.tiny import TEMPLATE, tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer
+from tests.reliability.outcome import command, copied, edit_json, outcome, refused
+from tests.tiny import TEMPLATE, tiny_sarm, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def sarm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sarm")
-    tiny_sarm().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """backbone/, sae/, pairs.jsonl, corpus.txt"""
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(folder / "backbone")
-    tiny_tokenizer().save_pretrained(folder / "backbone")
-    TopKSAE(32, 64, 4, generator=torch.Generator().manual_seed(0)).save(folder / "sae")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in tiny_pairs(40)))
-    (folder / "corpus.txt").write_text("w1 w2 w3. w4 w5 w6! w7 w8.\n\n" * 400)
-    return folder
 
 
 def score(folder, prompt="w1 w2", **limits):
@@ -59,11 +37,6 @@ def pretrains(base, output, backbone=None, corpus=None, **limits):
 
 def evaluates(folder, output, **limits):
     return command("evaluate", "--model", folder, "--data", "toy", "--limit", "2", "--output", output, **limits)
-
-
-def refused(found):
-    if found[0] != "refused":
-        pytest.fail(f"{found[0]}: {found[1][-250:]!r}", pytrace=False)
 
 
 def left(out):
@@ -299,6 +272,16 @@ def test_gz_bombs(name, of, sarm, base, tmp_path):
     found = (command("score", "--model", sarm, "--input", tmp_path / name, **limits) if name[0] == "r"
              else pretrains(base, tmp_path / "o", corpus=tmp_path / name, **limits))
     refused(found)
+
+
+def test_zstd_bomb_in_parquet(sarm, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    big = pa.array(["\0" * (100 << 20)] * 3)
+    pq.write_table(pa.table({"prompt": big, "response": big}), tmp_path / "r.parquet", compression="zstd",
+                   use_dictionary=False)
+    assert (tmp_path / "r.parquet").stat().st_size < 1 << 20
+    refused(command("score", "--model", sarm, "--input", tmp_path / "r.parquet", memory=4 << 30))
 
 
 def test_yaml_alias_bomb(tmp_path):

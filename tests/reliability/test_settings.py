@@ -1,40 +1,17 @@
 """Settings, edits and labels that an enemy wrote."""
 
-import json
 import warnings
 
 import pandas as pd
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from sarmlib import figures
-from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.attribution import explain
-from tests.reliability.outcome import command, copied, edit_json, outcome
-from tests.tiny import conversation, tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer
+from tests.reliability.outcome import command, copied, edit_json, outcome, refused
+from tests.tiny import conversation, tiny_pairs, tiny_sarm, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="session")
-def sarm(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sarm")
-    tiny_sarm().save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("base")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(folder / "backbone")
-    tiny_tokenizer().save_pretrained(folder / "backbone")
-    TopKSAE(32, 64, 4, generator=torch.Generator().manual_seed(0)).save(folder / "sae")
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(one) + "\n" for one in tiny_pairs(40)))
-    (folder / "corpus.txt").write_text("w1 w2 w3\n\n" * 400)
-    return folder
 
 
 def trains(base, output, *settings, data=None):
@@ -42,11 +19,6 @@ def trains(base, output, *settings, data=None):
                 "preferences.eval_fraction=0.3", "preferences.max_length=64", *settings]
     return command("train", "--backbone", base / "backbone", "--data", data or base / "pairs.jsonl", "--sae",
                    base / "sae", "--output", output, *(w for one in settings for w in ("--set", one)))
-
-
-def refused(found):
-    if found[0] != "refused":
-        pytest.fail(f"{found[0]}: {found[1][-300:]!r}", pytrace=False)
 
 
 @pytest.mark.parametrize("factor", ["1e300", "1e39", "-1e300"])
