@@ -68,7 +68,7 @@ figures: $(STAMP)  ## where the figures of the last run are; TRACKED=1: copy the
 	$(PY) -m sarmlib figures --profile $(PROFILE) --runs $(RUNS) $(if $(TRACKED),--tracked)
 
 report: $(STAMP)  ## write the tables of the last run below runs/; TRACKED=1: to results/, toy's into the README too
-	$(PY) tools/readme_tables.py --profile $(PROFILE) --runs $(RUNS) $(if $(TRACKED),--tracked)
+	$(PY) tools/readme_tables.py --profile $(PROFILE) --runs $(RUNS) $(if $(DATA),--data "$(DATA)") $(if $(TRACKED),--tracked)
 
 backbone: $(STAMP)  ## pretrain the shipped toy backbone again
 	$(PY) tools/backbone.py

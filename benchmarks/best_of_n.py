@@ -37,7 +37,8 @@ def sample(model: str, data: str, output: Path) -> None:
     import torch
     from tqdm import tqdm
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    tokenizer, policy = AutoTokenizer.from_pretrained(model), AutoModelForCausalLM.from_pretrained(model)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     asked = prompts(data)
     done = len(output.read_text(encoding="utf-8").splitlines()) if output.exists() else 0
     with open(output, "a", encoding="utf-8") as file:

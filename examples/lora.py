@@ -5,7 +5,7 @@
     python examples/lora.py --model FOLDER --data pairs.jsonl --output OUT
 
 ``--model`` is a SARM folder; ``sarmlib train --epochs 0.001`` makes an untrained one of a backbone and an SAE.  Trained
-are adapters on every linear layer of the decoder and the value head; the SAE stays frozen, and its bytes are compared.
+are adapters on every linear layer of the decoder, and the value head; the SAE stays frozen, and its bytes are compared.
 Afterwards the adapters are merged, so that OUT is an ordinary SARM folder.
 """
 
@@ -18,16 +18,16 @@ from sarmlib.backbone import load_tokenizer
 from sarmlib.data.pairs import load_pairs
 from sarmlib.errors import ModelError
 
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-"""Linear layers of Llama, Qwen, Mistral and Gemma; other decoders name theirs differently."""
-
 
 def with_adapters(model, rank: int):
-    """The model with LoRA adapters on the backbone and a trainable head; everything else is frozen."""
+    """The model with LoRA adapters on the backbone and a trainable head; everything else is frozen.
+
+    peft has no default layers for a SARM, whose decoder may be of any family: without ``target_modules`` it raises.
+    """
     import peft
 
-    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=TARGETS, modules_to_save=["score"],
-                             task_type="SEQ_CLS")
+    config = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", modules_to_save=["score"],
+                             task_type="SEQ_CLS")  # which leaves `score` out of the linear layers
     return peft.get_peft_model(model, config)
 
 

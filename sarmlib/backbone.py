@@ -10,7 +10,7 @@ import os
 import torch
 from torch import nn
 
-from sarmlib.errors import ConfigError, ModelError
+from sarmlib.errors import ConfigError, DataError, ModelError
 from sarmlib.hub import from_hub, weights_from_hub
 
 FINAL_NORMS = ("norm", "final_layer_norm", "final_layernorm", "ln_f", "norm_f", "decoder.final_layer_norm")
@@ -70,6 +70,14 @@ def check_cut(model, keep_final_norm: bool | None = None) -> None:
     kept = not isinstance(model.get_submodule(_final_norm(model)), nn.Identity)
     if kept != keep_final_norm:
         raise ModelError(f"this {type(model).__name__} has {'its' if kept else 'no'} final norm; {cure}")
+
+
+def check_positions(model, length: int) -> None:
+    """Raise DataError for a row longer than the table of positions of GPT-2 or OPT; rotary positions do not end."""
+    most, tokens = getattr(model.config, "max_position_embeddings", None) or length, model.get_input_embeddings()
+    if length > most and any(isinstance(part, nn.Embedding) and part is not tokens for part in model.modules()):
+        raise DataError(f"a row has {length} tokens, {model.config.model_type!r} has {most} positions; cut the texts "
+                        "(chat.truncate_left does)")
 
 
 def load_backbone(path: str | os.PathLike | nn.Module, layer: int | None = None, *, revision: str | None = None,

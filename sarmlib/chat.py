@@ -38,6 +38,7 @@ def render(tokenizer, messages: Sequence[dict]) -> str:
     check_conversation(messages)
     template = None if tokenizer.chat_template else FALLBACK_TEMPLATE
     try:
+        _bound_arithmetic()
         with _within(SECONDS):
             text = tokenizer.apply_chat_template(list(messages), chat_template=template, tokenize=False)
         text.encode()
@@ -47,6 +48,23 @@ def render(tokenizer, messages: Sequence[dict]) -> str:
     if not text.strip() or len(text) > MAX_TEXT + 2 * sum(len(message["content"]) for message in messages):
         raise DataError(f"the chat template makes {len(text)} characters of a conversation; the model needs another")
     return text
+
+
+@lru_cache(1)
+def _bound_arithmetic() -> None:
+    """No chat template multiplies or raises to more than MAX_TEXT from now on: no timer interrupts an operation."""
+    from transformers.utils import chat_template_utils as templates
+
+    class Bounded(templates.ImmutableSandboxedEnvironment):
+        intercepted_binops = frozenset({"*", "**"})
+
+        def call_binop(self, context, operator, left, right):
+            a, b = (len(one) if hasattr(one, "__len__") else abs(one) for one in (left, right))
+            if a * b > MAX_TEXT or operator == "**" and (a > 1000 or b > 6):
+                raise OverflowError(f"it computes {left!r:.20} {operator} {right!r:.20}; at most {MAX_TEXT:,} may be")
+            return super().call_binop(context, operator, left, right)
+
+    templates.ImmutableSandboxedEnvironment = Bounded
 
 
 @contextmanager

@@ -342,7 +342,8 @@ def _enough(states: int, job) -> int:
 @command(TRAIN, "train --backbone FOLDER --sae sae --data pairs.jsonl --output sarm")
 def train(backbone: Annotated[str, option("decoder: a folder, a GGUF file or a hub id")],
           data: Annotated[str, option("preference pairs: a file or folder, or hub:<id>")], output: Folder,
-          sae: Annotated[str | None, option("a pretrained SAE; without it: a scalar reward model")] = None,
+          sae: Annotated[str | None, option("a folder of sarmlib, SAELens or sparsify, the authors' .pt, or "
+                                            "release:id of SAELens; without it: a scalar reward model")] = None,
           profile: Base = "paper-4b", settings: Settings = None) -> None:
     """Train a reward model on preference pairs; on many devices with accelerate launch."""
     from sarmlib import pipeline
@@ -354,7 +355,7 @@ def train(backbone: Annotated[str, option("decoder: a folder, a GGUF file or a h
     kept = drop_identical(load_pairs(data, revision=spec.preferences.revision), job.tokenizer, most)
     trained, held_out = split_by_prompt(kept, spec.preferences.eval_fraction, seed=spec.seed)
     pairs, shape = {"train": trained, "eval": held_out}, {n: job.shape[n] for n in ("layer", "n_layers")}
-    encoder = load_sae(sae) if sae else None
+    encoder = load_sae(sae, layer=job.shape["layer"]) if sae else None
     model = pipeline.untrained("sarm" if sae else "scalar_half", job.backbone_path, **shape, **job.hub,
                                sae=encoder, seed=spec.seed)
     _claim(output, job, sae=encoder and encoder.content_hash(), pairs=hash_json(pairs))

@@ -5,6 +5,7 @@ import os
 import re
 import socket
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -79,6 +80,8 @@ def from_hub(auto_class, path: str | os.PathLike | None, **kwargs):
             raise ModelError(f"model folder {name!r} does not exist")
         kwargs.setdefault("local_files_only", not reachable())
     try:
+        for file in Path(name or os.devnull).glob("*config.json"):
+            from_json(file.read_text(encoding="utf-8"))
         with quiet():
             return auto_class.from_pretrained(name, **kwargs)
     except SarmlibError:
@@ -96,7 +99,7 @@ def weights_from_hub(auto_class, path, *, kinds=("missing", "mismatched"), **kwa
         kwargs.setdefault("use_safetensors", True)  # a .bin file is a pickle
     for index in Path(path or "").glob("*.index.json") if path else ():
         try:
-            named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+            named = set(from_json(index.read_text(encoding="utf-8"))["weight_map"].values())
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             raise ModelError(f"{str(index)!r} is no index of weights: {error!r}") from error
         if wrong := [name for name in map(str, named) if Path(name).name != name]:
@@ -108,6 +111,16 @@ def weights_from_hub(auto_class, path, *, kinds=("missing", "mismatched"), **kwa
             raise ModelError(f"{len(names)} {kind} keys in {str(path)!r}: {', '.join(names[:4])}; "
                              "too deep a layer, or another model than config.json says")
     return model, info
+
+
+def from_json(text: str):
+    """Parse JSON; ValueError for a key that stands twice in an object, where Python would take the last."""
+    def unique(pairs: list[tuple]) -> dict:
+        if len(found := dict(pairs)) < len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise ValueError(f"the key {twice!r} stands twice in an object; leave one")
+        return found
+    return json.loads(text, object_pairs_hook=unique)
 
 
 @contextmanager

@@ -33,7 +33,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from scipy.sparse import csr_array, vstack
 from tqdm import tqdm
-from transformers import AutoConfig, ProgressCallback
+from transformers import AutoConfig, AutoModelForCausalLM, ProgressCallback
 
 from sarmlib import plan
 from sarmlib.backbone import cut_config, load_backbone, load_tokenizer, n_layers
@@ -43,10 +43,12 @@ from sarmlib.data import pairs as preference
 from sarmlib.data.rows import iter_rows
 from sarmlib.data.text import iter_texts
 from sarmlib.data.toyworld import datasets as toy
+from sarmlib.data.toyworld.lexicon import VERDICTS
 from sarmlib.errors import ConfigError, DataError, NotMadeError
+from sarmlib.evaluation.readout import BLAME, PRAISE, read_out, vocabulary_readout
 from sarmlib.evaluation.scorer import answers, score, score_rows
 from sarmlib.extractor import ActivationExtractor
-from sarmlib.hub import check_access, from_hub, quiet
+from sarmlib.hub import check_access, from_hub, quiet, weights_from_hub
 from sarmlib.interpretation.contexts import Contexts
 from sarmlib.interpretation.explainers import KeywordExplainer, Label
 from sarmlib.interpretation.judges import KeywordJudge, judge_labels
@@ -198,8 +200,14 @@ class Run:
         return self._get(_make_reward, (variant, seed), settings, *inputs, shared=True)
 
     def scores(self, variant: str, seed: int) -> Artifact:
-        """Both benchmarks scored by one model; features at the reward position where it has any."""
+        """Both benchmarks scored by one model; features at the reward position where it has any.
+
+        Variant "no_pairs" is the decoder itself, read out by its vocabulary (`evaluation.readout`), for any seed.
+        """
         settings = {"max_length": self.profile.benchmarks.max_length}
+        if variant == "no_pairs":
+            settings |= {"layer": self.shape["layer"], "dtype": self.profile.dtype, "backbone": self.backbone_key}
+            return self._get(_make_no_pairs, (), settings, self.benchmarks())
         return self._get(_make_scores, (variant, seed), settings, self.reward(variant, seed), self.benchmarks())
 
     def labels(self, seed: int) -> Artifact:
@@ -295,6 +303,7 @@ class Run:
             jobs["activations", rule] = [("preferences", seed) for seed in mixed]
             jobs |= {("sae", rule, seed): [("activations", rule)] for seed in seeds}
         if goal != "sae":
+            jobs["scores", "no_pairs", self.profile.seed] = [("benchmarks",)]
             for variant, seed in itertools.product(sorted(variants, key=lambda v: v in SAE_OF_VARIANT), seeds):
                 rule = SAE_OF_VARIANT.get(variant)
                 jobs["scores", variant, seed] = [("preferences", seed)] + ([("sae", rule, seed)] if rule else [])
@@ -420,7 +429,7 @@ def train_reward(spec, model, tokenizer, pairs: dict[str, list[dict]], folder: P
     """
     from sarmlib.sarm.training import RewardTrainConfig, RewardTrainer
     config = RewardTrainConfig(**spec.model_dump(), max_length=max_length, seed=seed, bf16=bf16,
-                               use_cpu=device == "cpu", save_every=200)
+                               use_cpu=device == "cpu", save_every=25)
     trainer = RewardTrainer(model, tokenizer, pairs["train"], pairs["eval"] or None, config, folder / "checkpoints")
     if progress:
         trainer.add_callback(_Bar)
@@ -586,6 +595,29 @@ def _make_scores(run, variant: str, seed: int, folder: Path) -> dict:
         arrays |= {"data": z.data, "indices": z.indices, "indptr": z.indptr, "shape": np.array(z.shape)}
     save_file(arrays, folder / "scores.safetensors")
     return {"max_length": spec.max_length}
+
+
+def _make_no_pairs(run, folder: Path) -> dict:
+    spec, path, rows = run.profile.benchmarks, run.backbone_path, run.benchmark_rows()
+    config = cut_config(from_hub(AutoConfig, path, **run.hub), run.shape["layer"])
+    whole, _ = weights_from_hub(AutoModelForCausalLM, path, config=config, **run.hub)  # up to layer l, and the head
+    unembedding = whole.get_output_embeddings().weight.detach().float().numpy()
+    model = ScalarRewardModel.from_backbone(load_backbone(whole, run.shape["layer"], keep_final_norm=True))
+    model = model.to(run.device, getattr(torch, run.profile.dtype))
+    found = {name: score_rows(model, run.tokenizer, part, max_length=spec.max_length, batch_tokens=spec.batch_tokens,
+                              states=True, progress=run.progress)[1] for name, part in rows.items() if part}
+    states = np.concatenate([one.states for one in found.values()])
+    rewards, meta = np.zeros(len(states)), {}
+    if rows["rm_bench"]:
+        words = zip(*VERDICTS.values(), strict=True) if spec.rm_bench == "toy" else (PRAISE, BLAME)
+        ids = [[run.tokenizer.encode(" " + word, add_special_tokens=False)[0] for word in side] for side in words]
+        favoured, against, accuracy = vocabulary_readout(found["rm_bench"].states, unembedding, *ids)
+        rewards = read_out(states, unembedding, favoured, against)
+        meta = {name: run.tokenizer.convert_ids_to_tokens(tokens.tolist())
+                for name, tokens in (("favoured", favoured), ("against", against))} | {"rm_bench_accuracy": accuracy}
+    lengths = np.concatenate([one.lengths for one in found.values()])
+    save_file({"rewards": rewards, "lengths": lengths}, folder / "scores.safetensors")
+    return {"max_length": spec.max_length, **meta}
 
 
 def _make_labels(run, seed: int, folder: Path) -> dict:

@@ -70,8 +70,9 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[NotNegative, Field(le=1)]
 ProperShare = Annotated[NotNegative, Field(lt=1)]
-Parts = Annotated[tuple[tuple[str, Count], ...],
-                  BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value)]
+_Frozen = BeforeValidator(lambda value: tuple(value.items()) if isinstance(value, dict) else value)
+Parts = Annotated[tuple[tuple[str, Count], ...], _Frozen]
+Reasons = Annotated[tuple[tuple[str, str], ...], _Frozen]
 
 
 class Settings(BaseModel):
@@ -194,6 +195,7 @@ class Profile(Settings):
 
     name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]  # of the folder of results too: no separators
     description: str
+    reasons: Reasons = ()  # setting -> why it is not the paper's; "all": of those without a reason of their own
     hardware: str  # what it needs, in words
     cost: str  # minutes, memory and download, and whether they were measured
     seed: Seed = 0  # of everything that is made once
@@ -220,11 +222,14 @@ class Profile(Settings):
         raise DataError(f"the data folder {self.data} has no folder {kind}/; it needs backbone/ (a decoder with its "
                         "tokenizer), corpus/ (text), pairs/ (preference pairs), and rewardbench2/ or rm_bench/")
 
-    def diff_from_paper(self) -> list[tuple[str, str, str]]:
-        """``(setting, paper's value, value here)`` of each setting that the paper states and this profile changes."""
-        rows = [(name, attrgetter(name)(PAPER), attrgetter(name)(self)) for name in STATED]
-        return [(name, _shown(name, paper), _shown(name, here)) for name, paper, here in rows
-                if here != paper and not (paper in DECODERS and here in DECODERS)]
+    def diff_from_paper(self) -> list[tuple[str, str, str, str]]:
+        """``(setting, paper's value, value here, why)`` of each stated setting that this profile changes, and then of
+        what the paper does not state."""
+        values, why = ((name, attrgetter(name)(PAPER), attrgetter(name)(self)) for name in STATED), dict(self.reasons)
+        changed = [(name, _shown(name, paper), _shown(name, here), why.get(name, why.get("all", "")))
+                   for name, paper, here in values if here != paper and not {paper, here} <= set(DECODERS)]
+        settings = [(name, _shown(name, attrgetter(name)(self))) for name in UNSTATED]
+        return changed + [(name, "not stated", here, "") for name, here in (*settings, *IN_CODE)]
 
 
 PAPER = Profile.model_construct(interpretation=Interpretation(explainer="llm"))
@@ -236,8 +241,18 @@ STATED = (
     "reward.epochs", "reward.batch_size", "reward.lr", "reward.head_lr",
     "benchmarks.rewardbench2", "benchmarks.rm_bench", "benchmarks.items_per_subset", "interpretation.explainer")
 """Settings that the paper states."""
+UNSTATED = ("dtype", "corpus.window", "sae.batch_size", "sae.steps", "preferences.eval_fraction",
+            "preferences.max_length", "reward.warmup_ratio", "reward.weight_decay", "reward.scheduler",
+            "steering.factor")
+IN_CODE = (("sae initialisation", "W_dec = W_enc^T, random unit columns; b_pre at the geometric median"),
+           ("sae gradient", "its part along a decoder column is removed"),
+           ("context of a sentence", "the text before it, up to the window"),
+           ("benchmark prompts", "pairs that ask one, exactly or nearly, are dropped"),
+           ("gradient clipping", "norm 1 in reward training"))
+"""What it does not state: settings, and what is the same in every profile."""
 DECODERS = ("meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-3B-Instruct", "Schrieffer/Llama-SARM-4B")
-NONE = {"backbone.layer": "half of them", "reward.head_lr": "as reward.lr", "preferences.longest": "any length"}
+NONE = {"backbone.layer": "half of them", "reward.head_lr": "as reward.lr", "preferences.longest": "any length",
+        "sae.steps": "one pass over the vectors"}
 
 
 def _shown(name: str, value: Any) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,14 +25,17 @@ from sarmlib.evaluation.statistics import Interval, auroc, bootstrap_ci, seeds_a
 from sarmlib.hub import check_access, hub_folder
 from sarmlib.interpretation.ground_truth import compare_representations, shuffled_concepts
 from sarmlib.interpretation.judges import KeywordJudge
-from sarmlib.pipeline import SAE_OF_VARIANT, Run, conversations
+from sarmlib.pipeline import SAE_OF_VARIANT, Run, conversations, train_reward
 from sarmlib.sae.quality import evaluate_sae
 from sarmlib.sae.topk import TopKSAE
+from sarmlib.sae.training import SAETrainConfig, train_sae
 from sarmlib.sarm import steering as lab
+from sarmlib.sarm.model import SarmForSequenceClassification
 from sarmlib.sarm.released import save_official
 
 VARIANT_NAMES = {"sarm": "SARM", "token_sae": "token-level SAE", "random_encoder": "random encoder",
-                 "scalar_half": "scalar, half depth", "scalar_full": "scalar, full depth"}
+                 "scalar_half": "scalar, half depth", "scalar_full": "scalar, full depth",
+                 "no_pairs": "decoder, no pairs"}
 POSITION_NAMES = {"sentence_end": "sentence ends", "every": "all tokens"}
 
 
@@ -66,11 +70,17 @@ def untrained_sae_fvu(run: Run) -> float:
     return evaluate_sae(sae, run.vectors("sentence_end")["held_out"])["fvu"]
 
 
-def decoder_norm_error(run: Run, seed: int, stretch: float = 1.0) -> float:
-    """Largest distance of a decoder column's length from 1; ``stretch`` lengthens one column: the control."""
-    norms = run.load_sae("sentence_end", seed).W_dec.detach().norm(dim=1)
-    norms[0] *= stretch
-    return float((norms - 1).abs().max())
+def decoder_norm_drift(run: Run, seed: int) -> float:
+    """Largest distance of a decoder column's length from 1 in the whole training, before it was brought back to 1."""
+    return max(row["drift"] for row in run.sae("sentence_end", seed).json("log.json"))
+
+
+def unnormalised_drift(run: Run, seed: int, steps: int = 500) -> float:
+    """The same of an SAE whose columns are never brought back, after ``steps`` steps: the control."""
+    shape = {name: run.shape[name] for name in ("d_model", "n_features", "k")}
+    config = SAETrainConfig(lr=run.profile.sae.lr, batch_size=run.profile.sae.batch_size, steps=steps, renorm_every=0,
+                            seed=seed)
+    return train_sae(run.vectors("sentence_end")["train"], config, **shape, progress=False)[1][-1]["drift"]
 
 
 def reward_training(run: Run) -> pd.DataFrame:
@@ -93,11 +103,18 @@ def reward_sum_error(run: Run, seed: int, drop_feature: bool = False) -> float:
     return float(np.abs(reward - scored.z @ w).max() / np.abs(reward).max())
 
 
-def changed_sae_tensors(run: Run, seed: int, positions: str = "sentence_end") -> int:
-    """Tensors of the trained SARM's SAE that differ, in any bit, from the SAE pretrained on these positions
-    ("every": the control)."""
-    before, after = run.load_sae(positions, seed).state_dict(), run.load_reward("sarm", seed).sae.state_dict()
-    return sum(not tensor.equal(after[name].to(tensor.dtype)) for name, tensor in before.items())
+def changed_sae_tensors(run: Run, seed: int, frozen: bool = True) -> int:
+    """Tensors of the trained SARM's SAE that differ, in any bit, from those before; ``frozen`` False trains another
+    SARM on 32 pairs, its encoder too: the control."""
+    sae = run.load_sae("sentence_end", seed)
+    model = run.load_reward("sarm", seed) if frozen else SarmForSequenceClassification.from_backbone_and_sae(
+        run.backbone_path, sae, run.shape["layer"], frozen_sae=False, **run.hub)
+    if not frozen:
+        with TemporaryDirectory() as folder:
+            train_reward(run.profile.reward, model, run.tokenizer, {"train": run.pairs(seed)["train"][:32], "eval": []},
+                         Path(folder), max_length=run.profile.preferences.max_length, seed=seed, device=run.device)
+    after = model.sae.state_dict()
+    return sum(not tensor.equal(after[name].cpu().to(tensor.dtype)) for name, tensor in sae.state_dict().items())
 
 
 def pair_accuracy(run: Run, variant: str, seed: int, shuffled: bool = False) -> float:
@@ -140,6 +157,27 @@ def shuffled_weight_auroc(run: Run) -> float:
 def label_score(run: Run, seed: int, column: str = "auroc") -> float:
     """Mean held-out AUROC of a seed's labels ("auroc_other_label", those of other features: the control)."""
     return float(run.label_table(seed)[column].astype(float).mean())
+
+
+def attributed(run: Run) -> pd.DataFrame:
+    """Per seed, how much of the rewards on RM-Bench the labels account for.
+
+    alive: features that fire there at all; share: of the sum of |w_i z_i| over all answers, that under reliable labels
+    (share_harder: of these, under labels whose auroc_matched too exceeds null_95); top: answers whose largest |w_i z_i|
+    has a reliable label.
+    """
+    lines = []
+    for seed in run.profile.seeds:
+        labels, z = run.label_table(seed), run.scored("sarm", seed).part("rm_bench")[1]
+        parts = abs(z.multiply(run.head("sarm", seed)[None])).tocsc()
+        reliable = labels.reliable.astype(bool)
+        harder = reliable & (labels.auroc_matched.astype(float) > labels.null_95.astype(float))
+        lines.append({
+            "seed": seed, "alive": int((np.diff(parts.indptr) > 0).sum()), "labelled": len(labels),
+            "reliable": int(reliable.sum()), "share": parts[:, labels.feature[reliable]].sum() / parts.sum(),
+            "share_harder": parts[:, labels.feature[harder]].sum() / parts.sum(),
+            "top": float(np.isin(parts.tocsr().argmax(axis=1), labels.feature[reliable]).mean())})
+    return pd.DataFrame(lines)
 
 
 def case_studies(run: Run, seed: int) -> pd.DataFrame:
@@ -344,10 +382,16 @@ def missing_parts(run: Run) -> dict[str, list[str]]:
 
 def score_table(run: Run) -> pd.DataFrame:
     """Scores in [0, 1] per variant, seed, benchmark and part; ``overall`` is over the parts present."""
-    lines = [(variant, seed, name, part, value) for variant in run.profile.variants
-             for seed in run.profile.seeds for name in _present(run)
+    lines = [(variant, seed, name, part, value) for variant in _models(run)
+             for seed in (run.profile.seeds if variant in run.profile.variants else [run.profile.seed])
+             for name in _present(run)
              for part, value in _parts(name, getattr(run.scored(variant, seed), name)).items()]
     return pd.DataFrame(lines, columns=["variant", "seed", "benchmark", "part", "value"])
+
+
+def _models(run: Run) -> list[str]:
+    """The variants, and below them the decoder without a preference pair: what any of them has to beat."""
+    return [*run.profile.variants, "no_pairs"]
 
 
 def _present(run: Run) -> list[str]:
@@ -367,17 +411,18 @@ def part_table(run: Run, benchmark: str) -> pd.DataFrame:
     scores = score_table(run).query("benchmark == @benchmark")
     wide = scores.pivot_table(index="variant", columns="part", values="value", sort=False) * 100
     order = ["overall", *[part for part in scores.part.unique() if part != "overall"]]
-    return wide.loc[list(run.profile.variants), order].rename(index=VARIANT_NAMES)
+    return wide.loc[_models(run), order].rename(index=VARIANT_NAMES)
 
 
 def variant_table(run: Run) -> pd.DataFrame:
     """Held-out pair accuracy and overall scores of every variant, each mean and standard error over seeds."""
     scores, lines = score_table(run).query("part == 'overall'"), []
-    for variant in run.profile.variants:
+    for variant in _models(run):
         own, row = scores[scores.variant == variant], {"variant": VARIANT_NAMES[variant]}
         values = {name: own.value[own.benchmark == name] for name in _present(run)}
-        accuracy = [run.reward(variant, seed).meta["eval_accuracy"] for seed in run.profile.seeds]
-        for name, value in {"pairs": pd.Series(accuracy), **values}.items():
+        accuracy = [run.reward(variant, seed).meta["eval_accuracy"] for seed in run.profile.seeds
+                    if variant in run.profile.variants]
+        for name, value in {"pairs": pd.Series(accuracy, dtype=float), **values}.items():
             row |= {name: value.mean(), f"{name}_se": value.sem()}
         lines.append(row)
     return pd.DataFrame(lines)
@@ -421,7 +466,7 @@ def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind:
 def differences(run: Run) -> pd.DataFrame:
     """SARM minus every other variant on RewardBench 2, in percentage points."""
     gaps = [(VARIANT_NAMES[name], *(100 * np.array(difference(run, "sarm", name)[:3])))
-            for name in run.profile.variants if name != "sarm"]
+            for name in _models(run) if name != "sarm"]
     return pd.DataFrame(gaps, columns=["variant", "value", "lo", "hi"])
 
 
@@ -431,7 +476,7 @@ def against_chance(run: Run) -> pd.DataFrame:
     for benchmark in _present(run):
         blind = overall(run, run.profile.variants[0], benchmark, blind=True).estimate
         chance = 50.0 if benchmark == "rm_bench" else blind
-        for variant in run.profile.variants:
+        for variant in _models(run):
             found = overall(run, variant, benchmark)
             side = np.select([found.low > chance, found.high < chance], ["above", "below"], "not told from")
             lines.append((benchmark, VARIANT_NAMES[variant], *found[:3], chance, f"{side} chance"))
@@ -452,7 +497,7 @@ def table2(run: Run) -> pd.DataFrame:
     """The paper's Table 2: value and interval (percent), one point per seed, and the paper's value."""
     scores = score_table(run).query("benchmark == 'rewardbench2' and part == 'overall'")
     paper, lines = published.table_2().set_index("variant").Overall, []
-    for variant in run.profile.variants:
+    for variant in _models(run):
         points = (100 * scores.value[scores.variant == variant]).tolist()
         lines.append((VARIANT_NAMES[variant], *overall(run, variant)[:3], points, paper.get(variant, np.nan)))
     return pd.DataFrame(lines, columns=["variant", "value", "lo", "hi", "points", "paper"])

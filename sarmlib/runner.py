@@ -69,7 +69,7 @@ def run_notebooks(profile: str = "toy", names: list[str] | None = None, *, folde
             found = None if refresh else _finished(out, stamp)
             done.append(found or _execute(path, out, root, stamp, values, line))
             if refresh and not done[-1].error:
-                write_atomic(path, json.dumps(_clean(_read(out)), indent=1, ensure_ascii=False) + "\n")
+                write_atomic(path, json.dumps(clean(_read(out)), indent=1, ensure_ascii=False) + "\n")
     if failed := [run for run in done if run.error]:
         raise SarmlibError("\n\n".join(f"{run.name} failed; see {run.output}\n{run.error}" for run in failed))
     return done
@@ -117,7 +117,8 @@ def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict, line: 
         try:
             papermill.execute_notebook(
                 str(path), str(out), values, cwd=str(path.parent), kernel_name="python3", progress_bar=False,
-                stderr_file=line, on_cell_start=line.begin, extra_arguments=["--log-level=ERROR"])
+                stderr_file=line, on_cell_start=line.begin,
+                extra_arguments=["--log-level=CRITICAL"])  # the interrupt that ends a kernel is at times an error
             error = _unexecuted(out)
         except Exception as failure:  # a cell's error, a dead kernel, a damaged notebook
             plain = re.sub(r"\x1b\[[0-9;]*m", "", str(failure).strip() or repr(failure))
@@ -139,7 +140,7 @@ def _unexecuted(out: Path) -> str:
     return ""
 
 
-def _clean(notebook: dict) -> dict:
+def clean(notebook: dict) -> dict:
     """Without what differs from run to run."""
     notebook["metadata"].get("language_info", {}).pop("version", None)
     for one in (notebook, *notebook["cells"]):

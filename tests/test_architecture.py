@@ -17,7 +17,8 @@ PACKAGE = ROOT / "sarmlib"
 FLOORS = [
     "errors registration", "store", "hub chat jobs sae.kernels", "profiles sae.topk",
     "backbone sae.formats sae.training endpoint", "extractor sae.quality", "data", "plan sarm.model",
-    "evaluation.statistics evaluation.rewardbench2 evaluation.rm_bench evaluation.published",
+    "evaluation.statistics evaluation.rewardbench2 evaluation.rm_bench evaluation.published "
+    "evaluation.readout",
     "evaluation.scorer", "sarm.released evaluation.judges sarm.training sarm.attribution sarm.steering",
     "interpretation", "pipeline", "results figures claims browser", "runner", "cli", "__main__"]
 FLOOR = {f"sarmlib.{name}": number for number, names in enumerate(FLOORS) for name in names.split()}

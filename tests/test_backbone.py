@@ -8,8 +8,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from sarmlib.backbone import cut_config, load_backbone, n_layers, strip_final_norm
-from sarmlib.errors import ConfigError, ModelError
+from sarmlib.backbone import check_positions, cut_config, load_backbone, n_layers, strip_final_norm
+from sarmlib.errors import ConfigError, DataError, ModelError
 from sarmlib.extractor import ActivationExtractor
 from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
@@ -119,6 +119,16 @@ def test_cut_config_copies_shortens_layer_lists_and_checks_the_layer():
     for layer in (0, 5, -1, 2.0, True):
         with pytest.raises(ConfigError, match=r"1\.\.4"):
             cut_config(config, layer)
+
+
+def test_a_row_longer_than_a_table_of_positions_is_refused_by_name():
+    sizes = dict(vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8)
+    for name, words in (("GPT2", "'gpt2' has 8 positions"), ("OPT", "'opt' has 8 positions")):
+        model = load_backbone(AutoModel.from_config(getattr(transformers, f"{name}Config")(**sizes)), 1)
+        check_positions(model, 8)
+        with pytest.raises(DataError, match=f"9 tokens, {words}; cut"):
+            check_positions(model, 9)
+    check_positions(tiny_model("Llama"), 10**6)  # rotary
 
 
 def test_unknown_family_is_refused_by_name():

@@ -80,6 +80,19 @@ def test_a_template_that_refuses_a_role_is_a_data_error():
         encode_conversation(tiny_tokenizer(template), messages)
 
 
+@pytest.mark.parametrize("sum_", [
+    "{{ 10**(10 + messages|length)**8 }}", "{% set x = 9**9**9 %}", "{{ 'x' * 10**10 }}", "{{ 99999999 * [1] }}",
+    "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}"])
+def test_a_template_computes_nothing_huge(sum_):
+    with pytest.raises(DataError, match="it computes .* at most 1,000,000"):
+        encode_conversation(tiny_tokenizer(sum_ + TEMPLATE), conversation("w1", "w2"))
+
+
+def test_a_template_may_multiply_and_pass_keywords():
+    small = "{{ 2**-1 * (-3)**3 * 'ab'|length }}{{ '-' * 3 }}{{ dict(a=1, **{'b': 2}).b }} "
+    assert chat.render(tiny_tokenizer(small + TEMPLATE), conversation("w1", "w2")).startswith("-27.0---2 <bos>")
+
+
 def test_what_does_not_end_its_turn_is_counted_and_a_batch_is_padded_on_the_right():
     with pytest.warns(UserWarning, match="1 conversations do not end"):
         assert chat.count_not_end_of_turn(tiny_tokenizer(), [[2, 9, EOT], [2, 9]]) == 1

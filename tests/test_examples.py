@@ -15,11 +15,12 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from transformers import GPT2Config
 
 from sarmlib.chat import render
 from sarmlib.evaluation.scorer import score
 from tests.helpers import ROOT
-from tests.tiny import conversation, tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer, words
+from tests.tiny import VOCAB, conversation, tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer, words
 
 TALKS = [conversation(f"w{i} w4", " ".join(["w9"] * (i + 1))) for i in range(5)]
 
@@ -130,23 +131,26 @@ def test_grpo_and_rloo_log_which_features_paid(tmp_path, pair, method):
         model=LlamaForCausalLM(tiny_config(2)), reward_funcs=reward, train_dataset=prompts, processing_class=pair[1],
         args=getattr(trl, f"{method}Config")(
             output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, num_generations=4, logging_steps=1,
-            max_completion_length=5, beta=0.0, report_to="none", use_cpu=True, bf16=False, save_strategy="no"))
+            max_completion_length=5, beta=0.0, report_to="none", use_cpu=True, save_strategy="no"))
     trainer.train()
     logged = {key for entry in trainer.state.log_history for key in entry}
     assert len(reward.history) == 2 and any("sarm/feature" in key for key in logged)
 
 
-def test_adapters_train_on_the_backbone_only_and_merge_into_it(tmp_path):
-    pytest.importorskip("peft", reason="peft is not installed")
+@pytest.mark.parametrize("config", [None, GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=3, n_head=4)])
+def test_adapters_train_on_the_backbone_only_and_merge_into_it(tmp_path, config):
+    peft = pytest.importorskip("peft", reason="peft is not installed")
     pytest.importorskip("trl", reason="trl is not installed")
-    model = tiny_sarm(head=0.1)
+    model = tiny_sarm(config, head=0.1)
+    with pytest.raises(ValueError, match="target_modules"):
+        peft.get_peft_model(model, peft.LoraConfig(task_type="SEQ_CLS"))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     merged = lora.train(model, tiny_tokenizer(), tiny_pairs(16), str(tmp_path), rank=2, max_steps=3, use_cpu=True,
-                        bf16=False, learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no")
+                        learning_rate=1e-2, per_device_train_batch_size=4, save_strategy="no")
     after = merged.state_dict()
     moved = {name for name in before if not torch.equal(after[name], before[name])}
     assert after.keys() == before.keys() and "score.weight" in moved
-    assert all("_proj." in name for name in moved - {"score.weight"})
+    assert all(name.startswith("model.") and "proj.weight" in name or "c_" in name for name in moved - {"score.weight"})
 
 
 @pytest.mark.parametrize("name", ["ddp", "fsdp", "deepspeed_zero2"])

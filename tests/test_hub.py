@@ -85,6 +85,11 @@ def test_what_is_absent_or_damaged_is_named(tmp_path, monkeypatch):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ModelError, match="cannot be loaded"):
         hub.from_hub(AutoConfig, tmp_path)
+    for name in ("config.json", "tokenizer_config.json"):
+        tiny_sarm().save_pretrained(tmp_path)
+        (tmp_path / name).write_text('{"model_type": "llama", "k": 1, "k": 2}')
+        with pytest.raises(ModelError, match="'k' stands twice"):
+            hub.from_hub(AutoConfig, tmp_path)
     monkeypatch.setattr(hub, "reachable", lambda: False)
     with pytest.raises(OfflineError, match="some-owner/some-model"):
         hub.from_hub(AutoConfig, "some-owner/some-model")

@@ -51,18 +51,26 @@ def test_every_profile_of_the_design_loads():
 def test_paper_profiles_keep_every_value_the_paper_states(name):
     allowed = {"backbone.layer"} if name == "paper-3b" else set()  # 2.7B parameters need layer 21 of 28
     profile = load(name)
-    assert {path for path, _, _ in profile.diff_from_paper()} == allowed
+    assert {path for path, paper, *_ in profile.diff_from_paper() if paper != "not stated"} == allowed
     assert (profile.reward.lr, profile.reward.batch_size, profile.reward.epochs) == (4e-6, 512, 3.0)
 
 
 def test_departures_are_listed_and_defaults_are_the_papers():
-    diff = {path: (paper, here) for path, paper, here in load("toy").diff_from_paper()}
+    diff = {path: (paper, here) for path, paper, here, _ in load("toy").diff_from_paper()}
     assert diff["reward.lr"] == ("0.000004", "0.0003") and diff["sae.vectors"] == ("50,000,000", "40,000")
     assert diff["backbone.source"] == ("Llama-3.1-8B-Instruct or Llama-3.2-3B-Instruct", "toy")
     assert "sae.expansion" not in diff and "sae.renorm_every" not in diff
-    assert ("preferences.longest", "any length", "220") in load("smollm2").diff_from_paper()
     llm = profiles.Interpretation(explainer="llm")
-    assert Profile(name="x", description="", hardware="", cost="", interpretation=llm).diff_from_paper() == []
+    rest = Profile(name="x", description="", hardware="", cost="", interpretation=llm).diff_from_paper()
+    assert len(rest) >= 10 and {paper for _, paper, *_ in rest} == {"not stated"}
+    assert ("sae.steps", "not stated", "one pass over the vectors", "") in rest
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_every_departure_has_its_reason(name):
+    profile = load(name)
+    assert all(why for _, paper, _, why in profile.diff_from_paper() if paper != "not stated")
+    assert {setting for setting, _ in profile.reasons} <= {"all", *profiles.STATED}
 
 
 def test_k_and_width_follow_the_papers_rule():

@@ -12,7 +12,7 @@ import torch
 from sarmlib import figures, results
 from sarmlib.errors import DataError
 from sarmlib.evaluation import rewardbench2, rm_bench
-from sarmlib.evaluation.statistics import auroc
+from sarmlib.evaluation.statistics import auroc, verdict
 from sarmlib.pipeline import Run, Scored
 from sarmlib.sarm.steering import matched_difference, summarise_shift
 from tests.helpers import shared_path
@@ -55,8 +55,9 @@ SCORE = np.mean([(1 / 2 + 1.5 / 3) / 2, (1 + 2 / 3) / 2])
 def hand_made(**variants):
     """A run of two seeds whose RewardBench 2 rows are given by hand."""
     seeds = tuple(range(len(next(iter(variants.values())))))
-    return SimpleNamespace(profile=SimpleNamespace(seeds=seeds, variants=tuple(variants)),
-                           scored=lambda variant, seed: Scored(variants[variant][seed], [], pd.DataFrame(), None),
+    rows = {**variants, "no_pairs": B}
+    return SimpleNamespace(profile=SimpleNamespace(seeds=seeds, seed=0, variants=tuple(variants)),
+                           scored=lambda variant, seed: Scored(rows[variant][seed], [], pd.DataFrame(), None),
                            benchmark_rows=lambda: {"rewardbench2": A[0], "rm_bench": []})
 
 
@@ -68,7 +69,8 @@ def test_difference_by_hand():
     gap = results.difference(stub, "sarm", "token_sae")
     assert gap.estimate == pytest.approx(SCORE) and gap.low < gap.estimate < gap.high
     assert results.difference(stub, "token_sae", "sarm").estimate == pytest.approx(-SCORE)
-    assert results.difference(stub, "sarm", "sarm")[:3] == (0, 0, 0)
+    same = results.difference(stub, "sarm", "sarm")
+    assert same.estimate == 0 and verdict(same) == "undecided"  # no spread is no evidence
     table = results.differences(stub).iloc[0]
     assert table.variant == "token-level SAE" and table.value == pytest.approx(100 * SCORE)
 
@@ -77,7 +79,7 @@ def test_the_blind_control_gets_what_guessing_gets():
     stub, chance = hand_made(sarm=A, token_sae=B), ((1 / 3 + 1 / 3) / 2 + 1 / 2) / 2  # one of three, one of two
     assert results.difference(stub, "sarm", "token_sae", blind=True).estimate == pytest.approx(chance)
     table = results.against_chance(stub).set_index("variant")
-    assert table.chance.tolist() == pytest.approx([100 * chance] * 2)
+    assert table.chance.tolist() == pytest.approx([100 * chance] * 3)
     assert table.verdict["token-level SAE"] == "below chance" and table.high.le(100).all()
 
 
@@ -108,9 +110,22 @@ def test_score_table_is_the_benchmarks_own_scorers(run):
         assert gap == pytest.approx(mean["sarm"] - mean["scalar_full"], abs=1e-9)
 
 
+def test_the_share_of_the_reward_under_reliable_labels(run, monkeypatch):
+    features = [3, 5]
+    table = pd.DataFrame({"feature": features, "reliable": [True, False], "auroc_matched": [0.6, 0.9],
+                          "null_95": [0.7, 0.7]})
+    monkeypatch.setattr(Run, "label_table", lambda self, seed: table)
+    z = run.scored("sarm", 0).part("rm_bench")[1].toarray()
+    parts = np.abs(z * run.head("sarm", 0))
+    found = results.attributed(run).iloc[0]
+    assert found.share == pytest.approx(parts[:, 3].sum() / parts.sum()) and found.share_harder == 0
+    assert found.top == pytest.approx((parts.argmax(axis=1) == 3).mean()) and found.alive == (z != 0).any(axis=0).sum()
+
+
 def test_tables_hold_every_variant(run):
     table = results.variant_table(run)
-    assert table.variant.tolist() == ["SARM", "scalar, full depth"]
+    assert table.variant.tolist() == ["SARM", "scalar, full depth", "decoder, no pairs"]
+    assert np.isnan(table.pairs[2]) and table.rewardbench2[2] > 0  # it never saw a pair
     accuracies = [run.reward("sarm", seed).meta["eval_accuracy"] for seed in SEEDS]
     row = table.set_index("variant").loc["SARM"]
     assert row.pairs == pytest.approx(np.mean(accuracies))
@@ -118,7 +133,7 @@ def test_tables_hold_every_variant(run):
     wide = results.part_table(run, "rewardbench2")
     assert list(wide.columns) == ["overall", *rewardbench2.SUBSETS] and list(wide.index) == table.variant.tolist()
     assert wide.loc["SARM", "overall"] == pytest.approx(100 * row.rewardbench2)
-    assert set(results.reward_training(run).variant) == set(table.variant)
+    assert set(results.reward_training(run).variant) == {"SARM", "scalar, full depth"}
     assert set(results.sae_table(run).positions) == {"sentence ends"}
     second = results.table2(run).set_index("variant").loc["SARM"]
     assert np.mean(second.points) == pytest.approx(second.value) and 0 <= second.lo <= second.value <= second.hi <= 100
@@ -141,7 +156,7 @@ def test_reward_is_the_sum_of_its_features_and_not_without_one(run):
 
 def test_sae_in_the_trained_model_is_the_pretrained_one_bit_by_bit(run, monkeypatch):
     assert results.changed_sae_tensors(run, 0) == 0
-    assert results.changed_sae_tensors(run, 0, positions="every") >= 2
+    assert results.changed_sae_tensors(run, 0, frozen=False) >= 2
     model = run.load_reward("sarm", 0)
     with torch.no_grad():
         model.sae.b_pre[3] = torch.nextafter(model.sae.b_pre[3], torch.tensor(9.0))

@@ -1,24 +1,59 @@
 """Foreign SAE files: exact round trips and clear refusals."""
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sarmlib.cli import main
 from sarmlib.errors import ConfigError, ModelError
+from sarmlib.evaluation.scorer import score
 from sarmlib.sae.formats import load_official, load_sae, load_saelens, load_sparsify, save_saelens
 from sarmlib.sae.topk import TopKSAE
+from sarmlib.sarm.attribution import explain
+from sarmlib.sarm.model import SarmForSequenceClassification
+from sarmlib.sarm.released import save_official
+from sarmlib.sarm.steering import steer
+from sarmlib.sarm.training import RewardTrainConfig, RewardTrainer
 from tests.helpers import shared_path
+from tests.miniature import save_backbone
+from tests.tiny import conversation, tiny_backbone, tiny_pairs, tiny_tokenizer
 
 
-def make(**options):
-    sae = TopKSAE(6, 20, 3, generator=torch.Generator().manual_seed(0), **options)
+def make(k=3, d=6, n=20, **options):
+    sae = TopKSAE(d, n, k, generator=torch.Generator().manual_seed(0), **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in sae.parameters():
+        for parameter in (*sae.parameters(), *sae.buffers()):
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
+        if k is None:
+            sae.threshold.abs_()
     return sae
+
+
+def edited(folder, change, **config):
+    """A SAELens folder with other settings, and weights that ``change`` gets to see."""
+    state, path = load_file(folder / "sae_weights.safetensors"), folder / "cfg.json"
+    change(state)
+    save_file(state, folder / "sae_weights.safetensors")
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return folder
+
+
+def folder_of(kind, folder, **sizes):
+    """A folder as SAELens writes it for each kind of SAE; Gemma Scope's are ``jumprelu``."""
+    sae = make(3 if kind == "topk" else None, encoder_bias=True, normalize=False, **sizes)
+    save_saelens(sae, folder, hook_name="blocks.1.hook_resid_post")
+    if kind == "batchtopk":  # before SAELens turns it into jumprelu
+        return edited(folder, lambda t: t.update(topk_threshold=t.pop("threshold").mean().double()),
+                      architecture=kind, k=2.5)
+    return edited(folder, lambda t: kind == "jumprelu" and t["threshold"].sub_(0.2), apply_b_dec_to_input=False)
+
+
+KINDS = ["topk", "batchtopk", "jumprelu"]
 
 
 def states(n=50):
@@ -34,8 +69,8 @@ def test_official_golden_file_gives_the_merged_checkpoints_weights():
     assert torch.equal(sae.W_dec, merged["sae.decoder.weight"].T) and torch.equal(sae.b_pre, merged["sae.pre_bias"])
 
 
-def saelens_topk(folder, x):
-    """What SAELens computes from such a folder (its TopK SAE), written from the format's rules."""
+def saelens(folder, x):
+    """What SAELens computes from such a folder, written from the format's rules."""
     config, t = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
     mu, std = 0.0, 1.0
     if config["normalize_activations"] == "layer_norm":
@@ -44,9 +79,12 @@ def saelens_topk(folder, x):
         std = x.std(-1, keepdim=True)
         x = x / (std + 1e-5)
     norms = t["W_dec"].norm(dim=-1) if config["rescale_acts_by_decoder_norm"] else 1.0
-    pre = ((x - t["b_dec"]) @ t["W_enc"] + t["b_enc"]) * norms
-    values, indices = pre.topk(config["k"], dim=-1)
-    z = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+    pre = ((x - t["b_dec"] * config["apply_b_dec_to_input"]) @ t["W_enc"] + t["b_enc"]) * norms
+    if config["architecture"] == "topk":
+        values, indices = pre.topk(config["k"], dim=-1)
+        z = torch.zeros_like(pre).scatter(-1, indices, values.relu())
+    else:
+        z = pre.relu() * (pre > t.get("threshold", t.get("topk_threshold")))
     return z, ((z / norms) @ t["W_dec"] + t["b_dec"]) * std + mu
 
 
@@ -54,23 +92,145 @@ def saelens_topk(folder, x):
 @pytest.mark.parametrize("normalize, tolerance", [(False, 1e-6), (True, 5e-4)])
 def test_saelens_computes_the_same_and_is_read_back(bias, normalize, tolerance, tmp_path):
     sae, x = make(encoder_bias=bias, normalize=normalize), states()
-    z, x_hat = saelens_topk(save_saelens(sae, tmp_path, hook_name="blocks.1.hook_resid_post"), x)
+    z, x_hat = saelens(save_saelens(sae, tmp_path, hook_name="blocks.1.hook_resid_post"), x)
     torch.testing.assert_close(z, sae.encode(x).dense(), rtol=1e-6, atol=tolerance)
     torch.testing.assert_close(x_hat, sae(x).x_hat, rtol=1e-6, atol=tolerance)
-    assert json.loads((tmp_path / "cfg.json").read_text())["metadata"]["hook_name"] == "blocks.1.hook_resid_post"
+    stored = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
+    assert stored["hook_name"] == "blocks.1.hook_resid_post" and stored["prepend_bos"] and stored["context_size"]
     assert load_saelens(tmp_path).content_hash() == sae.content_hash()
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_saelens_is_the_same_function(kind, tmp_path):
+    folder, x = folder_of(kind, tmp_path / "lens"), states().requires_grad_()
+    sae = load_sae(folder)
+    (z, x_hat), out = saelens(folder, x), sae(x)
+    torch.testing.assert_close(out.code.dense(), z, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(out.x_hat, x_hat, rtol=1e-5, atol=1e-6)
+    active = (z > 0).sum(-1)
+    assert active.max() == out.code.indices.shape[-1] and (active.min() < active.max()) == (kind != "topk")
+    assert all(len(set(row)) == len(row) for row in out.code.indices.tolist())
+    g = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
+    (wanted,), (got,) = (torch.autograd.grad(one, x, g) for one in (z, sae.encode(x).dense()))
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert load_sae(sae.save(tmp_path / "own")).content_hash() == sae.content_hash()
+    assert load_sae(save_saelens(sae, tmp_path / "again")).content_hash() == sae.content_hash()
+    assert torch.equal(sae.encode(x[:0]).dense(), x.new_zeros(0, 20))
+    if kind != "topk":
+        sae.threshold.fill_(99.0)
+        assert not sae.encode(x).dense().any()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sarm_of_every_kind_is_trained_saved_and_reloaded(kind, tmp_path):
+    sae, tokenizer = load_sae(folder_of(kind, tmp_path / "lens", d=32, n=64)), tiny_tokenizer()
+    sarm = SarmForSequenceClassification.from_backbone_and_sae(tiny_backbone(), sae)
+    config = RewardTrainConfig(lr=3e-3, head_lr=1e-2, epochs=2, batch_size=8, use_cpu=True)
+    before = {name: tensor.clone() for name, tensor in sarm.model.state_dict().items()}
+    RewardTrainer(sarm, tokenizer, tiny_pairs(32), config=config).train()
+    assert sarm.sae_hash() == sae.content_hash() and sarm.score.weight.any()
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in sarm.model.state_dict().items())
+    sarm.save_pretrained(tmp_path / "sarm")
+    again = SarmForSequenceClassification.from_pretrained(tmp_path / "sarm")
+    assert again.sae_hash() == sae.content_hash() and again.config.k == sae.k
+    talks = [conversation("w5 w6", " ".join(f"w{i}" for i in range(3, 3 + n))) for n in range(1, 12)]
+    first, second = (score(model, tokenizer, talks, features=True) for model in (sarm, again))
+    assert (first.rewards == second.rewards).all() and (first.features != second.features).nnz == 0
+    by_hand = first.features @ sarm.score.weight[0].detach().numpy()
+    assert by_hand == pytest.approx(first.rewards, abs=1e-5) and len(set(first.rewards)) > 5
+    assert (len(set(first.features.count_nonzero(axis=1))) > 1) == (kind != "topk")
+    why = explain(again, tokenizer, talks[-1])
+    turned = steer(again, {int(why.table.feature[0]): 0.0})
+    assert explain(turned, tokenizer, talks[-1]).reward == pytest.approx(why.reward - why.table.contribution[0])
+    half = SarmForSequenceClassification.from_pretrained(tmp_path / "sarm", dtype=torch.bfloat16)
+    assert half.dtype == torch.bfloat16 and half.sae_hash() == sae.content_hash()
+
+
+def test_the_command_takes_a_saelens_folder_and_refuses_another_layer_width_and_kind(tmp_path, capsys):
+    save_backbone(tmp_path / "base")
+    rows = [{"prompt": f"who is number {i} ?", "chosen": "he is the cook .", "rejected": "here ."} for i in range(24)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    fitting, wide = folder_of("jumprelu", tmp_path / "lens", d=16, n=48), folder_of("topk", tmp_path / "wide")
+    gated = edited(folder_of("topk", tmp_path / "gated"), lambda t: None, architecture="gated")
+    for sae, layer, words in ((fitting, 1, "reads 'blocks.1.hook_resid_post', but the backbone ends after layer 1"),
+                              (wide, 2, "the SAE reads states of size 6"), (gated, 2, "architecture='gated'"),
+                              (fitting, 2, None)):
+        settings = "device=cpu", f"backbone.layer={layer}", "reward.batch_size=8", "reward.epochs=1"
+        status = main(["train", "--backbone", str(tmp_path / "base"), "--data", str(tmp_path / "pairs.jsonl"), "--sae",
+                       str(sae), "--output", str(tmp_path / "out"), *(w for s in settings for w in ("--set", s))])
+        assert status == bool(words) and (words or "") in capsys.readouterr().err
+    model = SarmForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
+    assert model.sae_hash() == load_sae(fitting).content_hash() and model.config.k is None and model.config.layer == 2
+    with pytest.raises(ModelError, match="TopK SAE; this one is 'llama', normalize=False, k=None"):
+        save_official(model, tmp_path / "official")
+
+
+def test_a_released_sae_is_fetched_by_saelens(tmp_path, monkeypatch):
+    folder, asked = folder_of("jumprelu", tmp_path), []
+    config, state = json.loads((folder / "cfg.json").read_text()), load_file(folder / "sae_weights.safetensors")
+    fetched = SimpleNamespace(cfg=SimpleNamespace(to_dict=lambda: config), state_dict=lambda: state)
+    known = SimpleNamespace(from_pretrained=lambda *names: asked.append(names) or fetched)
+    monkeypatch.setitem(sys.modules, "sae_lens", SimpleNamespace(SAE=known))
+    assert load_sae("scope:layer_1/width_16k", layer=2).content_hash() == load_sae(folder).content_hash()
+    assert asked == [("scope", "layer_1/width_16k")]
+    config["normalize_activations"] = "expected_average_only_in"  # its scale was not known
+    with pytest.raises(ModelError, match="'scope:x': normalize_activations='expected_average_only_in'"):
+        load_sae("scope:x")
+    monkeypatch.setitem(sys.modules, "sae_lens", None)
+    with pytest.raises(ModelError, match="'scope:x' is no path.*pip install sae-lens"):
+        load_sae("scope:x")
+
+
+@pytest.mark.parametrize("bias, k", [(True, 3), (False, 3), (True, None)])
 @pytest.mark.parametrize("normalize, tolerance", [(False, 0), (True, 1e-3)])
-def test_the_real_saelens_reads_our_folder(bias, normalize, tolerance, tmp_path):
+def test_the_real_saelens_reads_our_folder(bias, k, normalize, tolerance, tmp_path):
     lens = pytest.importorskip("sae_lens", reason="the extra 'peers' is not installed")
-    sae, x = make(encoder_bias=bias, normalize=normalize), states()
+    sae, x = make(k, encoder_bias=bias, normalize=normalize), states()
     with torch.no_grad():
         other = lens.SAE.load_from_disk(save_saelens(sae, tmp_path))
         z = other.encode(x)
         torch.testing.assert_close(z, sae.encode(x).dense(), rtol=0, atol=tolerance)
         torch.testing.assert_close(other.decode(z), sae(x).x_hat, rtol=0, atol=max(tolerance, 1e-5))
+
+
+@pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "JumpReLU"])
+def test_what_the_real_saelens_trains_and_saves_is_read(kind, tmp_path):
+    lens = pytest.importorskip("sae_lens", reason="the extra 'peers' is not installed")
+    torch.manual_seed(0)
+    config = getattr(lens, f"{kind}TrainingSAEConfig")(d_in=6, d_sae=20, **{"k": 3} if "K" in kind else {})
+    trained, x = getattr(lens, f"{kind}TrainingSAE")(config), states()
+    with torch.no_grad():
+        trained.W_dec *= torch.linspace(0.1, 3, 20)[:, None]
+        for name, tensor in trained.state_dict().items():
+            if not name.startswith("W"):
+                tensor.normal_(0.4, 0.2)
+        trained.save_inference_model(tmp_path / "final")
+        trained.save_model(tmp_path / "checkpoint")
+        other = lens.SAE.load_from_disk(tmp_path / "final")
+        for folder in ("final", "checkpoint"):
+            sae = load_sae(tmp_path / folder)
+            torch.testing.assert_close(sae.encode(x).dense(), other.encode(x), rtol=0, atol=2e-6)
+            torch.testing.assert_close(sae(x).x_hat, other(x), rtol=0, atol=5e-6)
+
+
+def test_the_real_saelens_hands_over_a_released_sae(tmp_path, monkeypatch):
+    """Llama Scope's own files, small: a scale to fold, one threshold, b_dec only in the decoder."""
+    lens = pytest.importorskip("sae_lens", reason="the extra 'peers' is not installed")
+    settings, weights = tmp_path / "hyperparams.json", tmp_path / "final.safetensors"
+    settings.write_text(json.dumps({"d_model": 6, "d_sae": 20, "jump_relu_threshold": 0.5, "hook_point_in":
+                                    "blocks.15.hook_resid_post", "dataset_average_activation_norm": {"in": 3.0}}))
+    shapes = {"encoder.weight": (20, 6), "decoder.weight": (6, 20), "encoder.bias": (20,), "decoder.bias": (6,)}
+    save_file({name: torch.linspace(-1, 1, 120)[:torch.Size(shape).numel()].sin().mul(9e3).sin().reshape(shape)
+               for name, shape in shapes.items()}, weights)
+    monkeypatch.setattr("sae_lens.loading.pretrained_sae_loaders.hf_hub_download",
+                        lambda *names, **given: settings if names else weights)
+    names, x = ("llama_scope_lxr_8x", "l15r_8x"), states()
+    sae, other = load_sae(":".join(names), layer=16), lens.SAE.from_pretrained(*names)
+    with torch.no_grad():
+        torch.testing.assert_close(sae.encode(x).dense(), other.encode(x), rtol=0, atol=2e-6)
+        assert 0.1 < (other.encode(x) > 0).float().mean() < 0.9
+    with pytest.raises(ModelError, match="reads 'blocks.15.hook_resid_post', but.* is 'blocks.14"):
+        load_sae(":".join(names), layer=15)
 
 
 def test_the_real_sparsifys_folder_is_read(tmp_path):
@@ -90,7 +250,7 @@ def test_decoder_norms_of_saelens_are_folded(tmp_path):
     save_file(state, tmp_path / "sae_weights.safetensors")
     sae, x = load_sae(tmp_path), states()
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(20))
-    z, x_hat = saelens_topk(tmp_path, x)
+    z, x_hat = saelens(tmp_path, x)
     torch.testing.assert_close(sae.encode(x).dense(), z, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(sae(x).x_hat, x_hat, rtol=1e-5, atol=1e-6)
     save_file({name: t.bfloat16() for name, t in state.items()}, tmp_path / "sae_weights.safetensors")
@@ -124,14 +284,16 @@ def test_every_format_is_told_by_its_contents(tmp_path):
         assert load_sae(tmp_path / name, k=5).k == 5
     with pytest.raises(ConfigError, match="k=21"):
         load_sae(tmp_path / "own", k=21)
+    with pytest.raises(ConfigError, match="k=5 with a threshold"):
+        load_sae(folder_of("jumprelu", tmp_path / "jump"), k=5)
     for nothing in (tmp_path, tmp_path / "missing"):
         with pytest.raises(ModelError, match="no readable SAE"):
             load_sae(nothing)
 
 
 @pytest.mark.parametrize("kind, name, value", [
-    *(("lens", *pair) for pair in {"architecture": "gated", "normalize_activations": "x", "reshape_activations": "z",
-                                   "apply_b_dec_to_input": False}.items()),
+    *(("lens", *pair) for pair in {"architecture": "gated", "reshape_activations": "z", "apply_b_dec_to_input": "no",
+                                   "normalize_activations": "constant_norm_rescale"}.items()),
     ("sparsify", "activation", "groupmax"), ("sparsify", "transcode", True), ("sparsify", "skip_connection", True)])
 def test_settings_of_other_functions_are_refused(kind, name, value, tmp_path):
     sae = make(encoder_bias=True, normalize=False)

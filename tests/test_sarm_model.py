@@ -154,7 +154,7 @@ def test_a_missing_weight_and_a_damaged_file_are_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("change, error, match", [
     ({"layer": 2}, ConfigError, "layer=2 but backbone_config has 3"), ({"k": 99}, ConfigError, "k=99"),
-    ({"k": "4"}, ConfigError, "k='4'"), ({"k": None}, ConfigError, "k=None"),
+    ({"k": "4"}, ConfigError, "k='4'"), ({"k": None}, ModelError, r"missing keys.*sae\.threshold"),
     ({"relu": "false"}, ConfigError, "relu='false'.*true or false"),
     ({"id2label": {"0": "a", "1": "b"}}, ConfigError, "num_labels=2"),
     ({"n_features": 32}, ModelError, r"mismatched keys.*sae\.W_dec"),
@@ -215,7 +215,7 @@ sys.meta_path.insert(0, Absent())
 import torch
 from transformers import AutoModelForSequenceClassification
 ids, mask = (torch.tensor(x) for x in json.loads(sys.argv[1]))
-models = [AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True) for name in "ab"]
+models = [AutoModelForSequenceClassification.from_pretrained(name, trust_remote_code=True) for name in "abc"]
 assert not any(p.requires_grad for m in models for p in m.sae.parameters())
 print(json.dumps([m(*x, use_cache=True).logits.tolist() for x in ((ids, mask), (ids,)) for m in models]))
 """
@@ -223,8 +223,9 @@ print(json.dumps([m(*x, use_cache=True).logits.tolist() for x in ((ids, mask), (
 
 def test_exported_models_load_without_the_package(tmp_path):
     """The code beside the weights is this package's own, and complete."""
-    models = [tiny_sarm(FAMILIES["llama"]()), tiny_sarm(topk=False, relu=False, encoder_bias=True)]
-    for name, model in zip("ab", models, strict=True):
+    models = [tiny_sarm(FAMILIES["llama"]()), tiny_sarm(topk=False, relu=False, encoder_bias=True), tiny_sarm(k=None)]
+    models[2].sae.threshold.fill_(0.4)
+    for name, model in zip("abc", models, strict=True):
         export_with_code(model, tmp_path / name)
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "a")  # ours, although code lies beside it
     assert type(again) is SarmForSequenceClassification

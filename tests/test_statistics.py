@@ -6,7 +6,9 @@ from scipy import stats
 from scipy.stats import binom
 
 from sarmlib.errors import DataError
+from sarmlib.evaluation import rewardbench2
 from sarmlib.evaluation import statistics as S
+from sarmlib.evaluation.scorer import summary
 
 
 def test_bootstrap_agrees_with_the_normal_interval_of_a_mean():
@@ -14,8 +16,36 @@ def test_bootstrap_agrees_with_the_normal_interval_of_a_mean():
     half, ci = 1.96 * x.std() / np.sqrt(len(x)), S.bootstrap_ci(x, n=4000)
     assert ci.estimate == pytest.approx(x.mean()) and ci.n == 800 and ci.method == "BCa"
     assert (ci.low, ci.high) == pytest.approx((x.mean() - half, x.mean() + half), abs=0.005)
-    same = S.bootstrap_ci(np.full(8, 0.5), n=100)
-    assert (same.low, same.high, same.method) == (0.5, 0.5, "percentile") and S.bootstrap_ci(x, n=4000) == ci
+    assert S.bootstrap_ci(x, n=4000) == ci
+
+
+@pytest.mark.parametrize("ci, mean", [
+    (lambda: S.seeds_ci([0.9, 0.9]), 0.9), (lambda: S.seeds_ci([0.3, 0.1 + 0.2, 0.3]), 0.3),
+    (lambda: S.bootstrap_ci(np.full(8, 0.5), n=100), 0.5),
+    (lambda: S.bootstrap_ci([0.5, 0.5, 2, 2], strata=[0, 0, 1, 1]), 1.25),
+    (lambda: S.seeds_and_prompts_ci(np.full((3, 40), 0.1)), 0.1),
+    (lambda: S.seeds_and_prompts_ci([[1, 0], [0, 1]]), 0.5),
+    (lambda: S.seeds_and_prompts_ci(np.zeros((3, 40)) - 1), -1)])
+def test_values_without_spread_decide_nothing(ci, mean):
+    ci = ci()
+    assert ci.estimate == pytest.approx(mean) and (ci.low, ci.high) == (-np.inf, np.inf)
+    assert S.verdict(ci, mean - 1) == S.verdict(ci, mean, "<") == S.UNDECIDED
+
+
+def test_a_benchmark_of_equal_scores_gets_no_interval():
+    rows = [{"subset": name, "id": str(i)} for name in rewardbench2.SUBSETS[:-1] for i in range(4)]
+    rows += [{"subset": "Ties", "id": f"{kind}:{i}", "num_correct": 2} for kind in ("ref", "tied") for i in range(4)]
+    found = summary("rewardbench2", rows, [[1.0] * 4] * len(rows))
+    assert found["score"] is not None and found["interval"] is None
+
+
+def test_of_shares_alone_are_zeros_and_ones_exact():
+    for sure in (S.bootstrap_ci(np.ones(150)), S.seeds_and_prompts_ci(np.ones((3, 150)))):
+        assert sure.method == "exact" and sure.high == 1 and sure.low == pytest.approx(0.025 ** (1 / 150))
+    gaps = np.r_[1.0, np.zeros(49)]
+    assert S.verdict(S.seeds_and_prompts_ci(np.zeros((2, 9)), shares=False), direction="<") == S.UNDECIDED
+    assert S.verdict(S.bootstrap_ci(gaps, n=500, shares=False)) == S.UNDECIDED  # one prompt is no evidence
+    assert S.verdict(S.bootstrap_ci(0 * gaps, shares=False), direction="<") == S.UNDECIDED
 
 
 @pytest.mark.parametrize("p, n", [(0.95, 50), (0.98, 50), (0.9, 20), (0.7, 50)])

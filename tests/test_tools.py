@@ -97,9 +97,9 @@ def test_the_published_folder_has_its_card_and_probes(tokenizer, tmp_path, monke
 
 def test_readme_text_is_replaced_between_its_markers(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text("a\n<!-- results:begin -->\nold\n<!-- results:end -->\nb\n")
-    tables.replace_between(path, "results", "new\n")
-    assert path.read_text() == "a\n<!-- results:begin -->\nnew\n<!-- results:end -->\nb\n"
+    path.write_text("a\n<!-- toy:begin -->\nold\n<!-- toy:end -->\nb\n")
+    tables.replace_between(path, "toy", "new\n")
+    assert path.read_text() == "a\n<!-- toy:begin -->\nnew\n<!-- toy:end -->\nb\n"
     with pytest.raises(DataError, match="needs one line <!-- other:begin -->"):
         tables.replace_between(path, "other", "x")
 
@@ -118,7 +118,7 @@ def test_the_claims_table_quotes_the_paper_and_keeps_its_value_apart():
 def test_a_report_stays_below_runs_unless_tracked_files_are_asked_for(tmp_path, monkeypatch):
     for name, text in {"ROOT": tmp_path, "report": lambda run: "all", "variants_markdown": lambda run: "some"}.items():
         monkeypatch.setattr(tables, name, text)
-    (tmp_path / "README.md").write_text("<!-- results:begin -->\n<!-- results:end -->\n")
+    (tmp_path / "README.md").write_text("<!-- toy:begin -->\n<!-- toy:end -->\n")
     assert tables.main(["--runs", str(tmp_path / "runs")]) == 0
     assert (tmp_path / "runs" / "toy" / "report.md").read_text() == "all" and not (tmp_path / "results").exists()
     assert tables.main(["--runs", str(tmp_path / "runs"), "--tracked"]) == 0

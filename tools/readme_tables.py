@@ -1,8 +1,8 @@
 """Tables of the last run, as Markdown in <runs>/<profile>/report.md.
 
-    python tools/readme_tables.py [--profile toy] [--runs runs] [--tracked]        (or: make report)
+    python tools/readme_tables.py [--profile toy] [--data DATA] [--runs runs] [--tracked]        (or: make report)
 
-``--tracked``: in results/<profile>.md, and the toy profile's reward models also in the README.
+``--tracked``: in results/<profile>.md, and the reward models also in the README, where it has a place for them.
 """
 
 from __future__ import annotations
@@ -46,34 +46,44 @@ def markdown(table: pd.DataFrame, **columns: str) -> str:
 
 
 def variants_markdown(run) -> str:
-    """Reward models: percent, mean and standard error over seeds."""
+    """Reward models: percent, mean and standard error over seeds, and what guessing gets."""
     from sarmlib import results
+    chance = results.against_chance(run).groupby("benchmark").chance.first() / 100
     table = results.variant_table(run)
+    guess = {"variant": "guessing", "pairs": 0.5, **chance}
+    table = pd.concat([table, pd.DataFrame([guess])], ignore_index=True)
     for name in ("pairs", "rewardbench2", "rm_bench"):
         if name not in table:
             table[name] = float("nan")
             continue
         pairs = zip(table[name], table[f"{name}_se"], strict=True)
-        table[name] = [f"{100 * mean:.1f}" + ("" if pd.isna(se) else f" ± {100 * se:.1f}") for mean, se in pairs]
+        table[name] = ["–" if pd.isna(mean) else f"{100 * mean:.1f}" + ("" if pd.isna(se) else f" ± {100 * se:.1f}")
+                       for mean, se in pairs]
     names = {"reward model": "variant", "held-out pairs": "pairs", "RewardBench 2": "rewardbench2",
              "RM-Bench": "rm_bench"}
     return f"{markdown(table, **names)}\n\nPercent; mean ± standard error over seeds."
 
 
 def report(run) -> str:
-    """Everything: claims, reward models, SAEs, steering and labels of a finished run."""
+    """Everything: claims, reward models, chance, differences, SAEs, steering and labels of a finished run."""
     from sarmlib import results
-    labels = [run.label_table(seed) for seed in run.profile.seeds]
-    counts = "; ".join(f"{int(table.reliable.sum())} of {len(table)}" for table in labels)
     sae = {"SAE on": "positions", "seed": "seed", "FVU": "fvu:.4f", "dead features": "dead_fraction:.0%",
            "L0": "l0:.2f"}
     steering = {"seed": "seed", "steered feature": "feature", "s": "s:.3f", "weight": "w:+.4f",
                 "T active": "active_T:.0%", "C active": "active_C:.0%", "shift of T (sd)": "shift_T:+.2f",
-                "shift of C (sd)": "shift_C:+.2f"}
+                "shift of C (sd)": "shift_C:+.2f", "T - C at equal reward": "matched_T_minus_C:+.2f"}
+    chance = {"benchmark": "benchmark", "reward model": "variant", "score": "score:.1f", "from": "low:.1f",
+              "to": "high:.1f", "chance": "chance:.1f", "verdict": "verdict"}
+    gaps = {"SARM minus": "variant", "points": "value:+.1f", "from": "lo:+.1f", "to": "hi:+.1f"}
+    labels = {"seed": "seed", "features that fire": "alive", "labelled": "labelled", "reliable": "reliable",
+              "share of the reward under reliable labels": "share:.0%",
+              "also against matched answers": "share_harder:.0%", "answers whose largest part has one": "top:.0%"}
     parts = {"The claims": claims_markdown(verdicts(run.store.root / "results")),
-             "Reward models": variants_markdown(run), "SAEs": markdown(results.sae_table(run), **sae),
+             "Reward models": variants_markdown(run), "Against chance": markdown(results.against_chance(run), **chance),
+             "Differences on RewardBench 2": markdown(results.differences(run), **gaps),
+             "SAEs": markdown(results.sae_table(run), **sae),
              "Steering": markdown(results.steering_table(run), **steering),
-             "Labels": f"Features whose label is reliable on held-out prompts, per seed: {counts}."}
+             "Labels": markdown(results.attributed(run), **labels)}
     sections = [f"## {title}\n\n{text}" for title, text in parts.items()]
     return "\n\n".join([f"# Results of profile {run.profile.name}", *sections]) + "\n"
 
@@ -93,16 +103,17 @@ def main(argv: list[str] | None = None) -> int:
     from sarmlib.profiles import load_profile
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="toy")
+    parser.add_argument("--data", help="your folder, for profiles whose sources are 'data'")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all profiles' artifacts")
     parser.add_argument("--tracked", action="store_true", help="write results/ and the README")
     arguments = parser.parse_args(argv)
     try:
-        profile = load_profile(arguments.profile)
+        profile = load_profile(arguments.profile, data=arguments.data)
         run = Run(profile, root=arguments.runs.resolve() / profile.name, progress=False, read_only=True)
         target = ROOT / "results" / f"{profile.name}.md" if arguments.tracked else run.store.root / "report.md"
         print(write_atomic(target, report(run)))
-        if arguments.tracked and profile.name == "toy":
-            replace_between(ROOT / "README.md", "results", variants_markdown(run))
+        if arguments.tracked and f"<!-- {profile.name}:begin -->" in (ROOT / "README.md").read_text(encoding="utf-8"):
+            replace_between(ROOT / "README.md", profile.name, variants_markdown(run))
     except SarmlibError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,9 +1,10 @@
-"""Numbers of a run as plain files: results/<profile>/{scores,labels,steering}.csv and run.json.
+"""A run as plain files: results/<profile>/*.csv, claims.json, run.json and notebooks/, and figures/<profile>/.
 
     python tools/results_csv.py --profile smollm2 --data DATA [--runs runs] [--output results/smollm2]
 
-Only what is made is written: a run of many hours can be read while it grows.  ``value`` is a share; ``low`` and
-``high`` hold 95 %, whole prompts resampled; ``chance`` is what guessing gives.
+Only what is made is written: a run of some hours can be read while it grows.  ``value`` is a share; ``low`` and
+``high`` hold 95 %, whole prompts resampled; ``chance`` is what guessing gives.  Notebooks are as they were executed,
+without timings and paths.
 """
 
 from __future__ import annotations
@@ -11,16 +12,19 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
 from sarmlib import results
+from sarmlib.claims import verdicts
 from sarmlib.errors import NotMadeError
 from sarmlib.evaluation import rewardbench2, rm_bench
 from sarmlib.evaluation.statistics import bootstrap_ci
 from sarmlib.pipeline import BENCHMARKS, Run
+from sarmlib.runner import clean
 from sarmlib.store import MANIFEST, versions, write_atomic, write_json
 
 SCORERS = {"rewardbench2": rewardbench2, "rm_bench": rm_bench}
@@ -36,7 +40,7 @@ def made(run: Run, stage: str, *arguments):
 
 def pair_rows(run: Run, variant: str, seed: int) -> list[dict]:
     """Accuracy on held-out pairs, whole prompts resampled."""
-    if made(run, "reward", variant, seed) is None:
+    if variant not in run.profile.variants or made(run, "reward", variant, seed) is None:
         return []
     meta = run.reward(variant, seed).meta
     n = run.preferences(seed).meta["eval"]
@@ -63,7 +67,7 @@ def benchmark_rows(run: Run, variant: str, seed: int) -> list[dict]:
 
 def score_table(run: Run) -> pd.DataFrame:
     """One row per variant, seed, benchmark and part."""
-    models = itertools.product(run.profile.variants, run.profile.seeds)
+    models = [*itertools.product(run.profile.variants, run.profile.seeds), ("no_pairs", run.profile.seed)]
     rows = [{"variant": variant, "seed": seed, **row} for variant, seed in models
             for row in pair_rows(run, variant, seed) + benchmark_rows(run, variant, seed)]
     columns = ["variant", "seed", "benchmark", "part", "value", "low", "high", "n", "chance"]
@@ -82,12 +86,23 @@ def run_record(run: Run) -> dict:
             "stages": [{name: one[name] for name in keep} for one in stages]}
 
 
+def copy_pages(run: Run, output: Path, figures: Path) -> None:
+    """The executed notebooks and the figures, where there are any."""
+    for path in sorted((run.store.root / "notebooks").glob("*.ipynb")):
+        page = json.dumps(clean(json.loads(path.read_text(encoding="utf-8"))), indent=1, ensure_ascii=False) + "\n"
+        print(write_atomic(output / "notebooks" / path.name, page))
+    drawn = run.store.root / "figures"
+    if drawn.is_dir():
+        print(shutil.copytree(drawn, figures / run.profile.name, dirs_exist_ok=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="smollm2")
     parser.add_argument("--data")
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of all profiles' artifacts")
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--figures", type=Path, default=Path("figures"))
     args = parser.parse_args()
     run = Run(args.profile, data=args.data, progress=False, read_only=True)
     run = Run(run.profile, root=args.runs / run.profile.name, progress=False, read_only=True)
@@ -100,6 +115,10 @@ def main() -> None:
     for name, table in tables.items():
         print(write_atomic(output / f"{name}.csv", table.to_csv(index=False, float_format="%.5g")))
     print(write_json(output / "run.json", run_record(run)))
+    if (run.store.root / "results").is_dir():
+        claims = verdicts(run.store.root / "results").drop(columns=["band_lo", "band_hi", "in_band"])
+        print(write_json(output / "claims.json", json.loads(claims.to_json(orient="records"))))
+    copy_pages(run, output, args.figures)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,11 @@ from glob import escape
 from pathlib import Path
 
 from sarmlib.errors import DataError, OfflineError
-from sarmlib.hub import check_access
+from sarmlib.hub import check_access, from_json
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_CHARS = 10_000_000  # of one text
+MAX_LINE, MAX_FILE, MAX_BLANK = 10 * MAX_CHARS, 100 * MAX_CHARS, 100_000  # characters (of JSON), lines in a row
 _NOT_DATA = (".", "readme", "license", "licence", "copying", "sources", "notice", "requirements")
 # what gzip, the decoders, JSON and the Parquet reader raise about a damaged file
 _DAMAGED = (OSError, EOFError, ValueError, TypeError, zlib.error, NotImplementedError, LookupError, RecursionError,
@@ -93,6 +94,8 @@ def iter_rows(path: Path) -> Iterator[object]:
         for row in _read(path):
             yield row
             number += 1
+    except DataError:
+        raise
     except _DAMAGED as error:
         raise DataError(f"{path}, row {number}: is damaged, not JSON or not UTF-8 ({error}); fetch it again, or "
                         "save it as UTF-8") from None
@@ -104,7 +107,27 @@ def _read(path: Path) -> Iterator[object]:
         yield from datasets.load_dataset("parquet", data_files=escape(str(path)), split="train", streaming=True)
         return
     with open_text(path) as handle:  # parsed here, since a reader of tables makes dates of texts such as "2026-01-01"
-        yield from json.load(handle) if kind_of(path) == ".json" else map(json.loads, filter(str.strip, handle))
+        if kind_of(path) == ".json":
+            yield from from_json(_piece(path, handle.read, MAX_FILE))
+        else:
+            lines = iter(lambda: _piece(path, handle.readline, MAX_LINE), "")
+            yield from map(from_json, filter(str.strip, few_blank(lines, path)))
+
+
+def _piece(path: Path, read: Callable[[int], str], most: int) -> str:
+    if len(text := read(most + 1)) > most:
+        raise DataError(f"{path} holds more than {most:,} characters in one piece; save it as shorter lines of JSON")
+    return text
+
+
+def few_blank(lines: Iterable[str], path: Path) -> Iterator[str]:
+    """The lines, unless MAX_BLANK in a row are blank: a small compressed file holds gigabytes of them."""
+    blank = 0
+    for line in lines:
+        blank = 0 if line.strip() else blank + 1
+        if blank > MAX_BLANK:
+            raise DataError(f"{path} holds more than {MAX_BLANK:,} blank lines in a row; remove them")
+        yield line
 
 
 def hub_rows(repo: str, revision: str | None, split: str = "train", *, streaming: bool = False):

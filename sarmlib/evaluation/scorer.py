@@ -486,7 +486,8 @@ def summary(name: str, rows: Sequence[dict], scores: Sequence[list[float]]) -> d
     parts = {part: None if np.isnan(one) else one for part, one in parts.items()}  # Ties without a whole pair
     value, interval, strata = None if None in parts.values() else value, None, [part for part, _, _ in units]
     if value is not None and min(map(strata.count, set(strata))) > 1:
-        interval = list(bootstrap_ci([one for _, _, one in units], strata=strata, n=2000)[1:3])
+        ends = bootstrap_ci([one for _, _, one in units], strata=strata, n=2000)[1:3]
+        interval = list(ends) if np.isfinite(ends).all() else None  # of equal values
     return {"score": value, "interval": interval, "missing": missing, "parts": parts, **extra,
             "n_rows": result["n_rows"], "decisions": len(pairs),
             "equal_scores": sum(a == b for a, b in pairs)}

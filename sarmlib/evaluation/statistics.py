@@ -1,7 +1,8 @@
 """How sure we are: intervals over prompts and seeds, multiplicity, AUROC, verdicts.
 
 The unit of resampling is the prompt; seeds are the outer level.  Bootstrap: Efron & Tibshirani 1993;
-crossed seeds x prompts: Owen 2007 (variance components).
+crossed seeds x prompts: Owen 2007 (variance components).  Equal values tell of no spread: their interval is the whole
+line, which decides nothing.
 """
 
 from __future__ import annotations
@@ -31,19 +32,22 @@ class Interval(NamedTuple):
     n: int
 
 
-def bootstrap_ci(values, *, strata: Sequence | None = None, n: int = 10_000) -> Interval:
+def bootstrap_ci(values, *, strata: Sequence | None = None, n: int = 10_000, shares: bool = True) -> Interval:
     """95 % bootstrap interval (BCa, ``n`` resamples, fixed seed) of the mean of one value per prompt.
 
     ``strata`` [N] labels: then of the unweighted mean of the stratum means (the benchmarks' totals).  Percentiles
-    where BCa is undefined (all values equal).  Of zeros and ones, when a stratum has fewer than ``FEW``: exact
-    (Clopper and Pearson 1934), combined over strata by Zou and Donner 2008.  Raises DataError on NaN and on a
-    stratum of one value.
+    where BCa is undefined; the whole line where each stratum's values are equal.  Of zeros and ones that are ``shares``
+    (of differences, others may be -1), when a stratum has fewer than ``FEW`` or each has equal ones: exact (Clopper and
+    Pearson 1934), combined over strata by Zou and Donner 2008.  Raises DataError on NaN and on a stratum of one value.
     """
     x = _finite(values, "values")
     index, counts = _strata(strata, len(x))
     data = [x[index == s] for s in range(len(counts))]
-    if counts.min() < FEW and np.isin(x, (0, 1)).all():
+    same = all(_same(np.ptp(part), x) for part in data)
+    if shares and (same or counts.min() < FEW) and np.isin(x, (0, 1)).all():
         return _exact(data)
+    if same:
+        return Interval(float(np.mean([part.mean() for part in data])), -np.inf, np.inf, 0.95, "no spread", len(x))
 
     def statistic(*parts, axis=-1):
         return np.mean([part.mean(axis) for part in parts], 0)
@@ -68,17 +72,20 @@ def _exact(data: list[np.ndarray]) -> Interval:
 
 
 def seeds_ci(values) -> Interval:
-    """95 % Student t interval of the mean over training seeds: mean +- t_{S-1} sd / sqrt(S), S at least 2."""
+    """95 % Student t interval of the mean over S > 1 training seeds: mean +- t_{S-1} sd / sqrt(S); the whole line if
+    all are equal."""
     x = _finite(values, "values per seed", least=2)
     half, mean = stats.t.ppf(0.975, len(x) - 1) * x.std(ddof=1) / np.sqrt(len(x)), x.mean()
+    half = np.inf if _same(half, x) else half
     return Interval(float(mean), float(mean - half), float(mean + half), 0.95, "t over seeds", len(x))
 
 
-def seeds_and_prompts_ci(matrix, *, strata: Sequence | None = None) -> Interval:
+def seeds_and_prompts_ci(matrix, *, strata: Sequence | None = None, shares: bool = True) -> Interval:
     """95 % interval of the mean of ``matrix`` [seeds, prompts] for new seeds *and* new prompts (crossed).
 
     V = V_seeds + V_prompts - V_residual, the last because both margins contain it; t quantile
-    with Satterthwaite's degrees of freedom.  ``strata`` [prompts] as in `bootstrap_ci`.
+    with Satterthwaite's degrees of freedom.  ``strata`` [prompts] and ``shares`` as in `bootstrap_ci`, whose interval
+    over prompts it is where V = 0.
     """
     m = _finite(matrix, "matrix of seeds and prompts", ndim=2, least=2)
     n_seeds, n_prompts = m.shape
@@ -95,10 +102,16 @@ def seeds_and_prompts_ci(matrix, *, strata: Sequence | None = None) -> Interval:
         variance = (residual**2).sum() / ((n_seeds - 1) * (count - 1))
         v_residual += variance / (n_seeds * count) / len(counts) ** 2
     v = max(v_seed + v_prompt - v_residual, v_seed, v_prompt)
+    if _same(np.sqrt(v), m):
+        return bootstrap_ci(m.mean(0), strata=strata, shares=shares)
     parts = v_seed**2 / (n_seeds - 1) + v_prompt**2 / (n_prompts - len(counts))
-    half = stats.t.ppf(0.975, v**2 / parts) * np.sqrt(v) if v > 0 else 0.0
+    half = stats.t.ppf(0.975, v**2 / parts) * np.sqrt(v)
     mean = float(per_seed.mean())
     return Interval(mean, float(mean - half), float(mean + half), 0.95, "t over seeds and prompts", n_seeds)
+
+
+def _same(spread: float, values: np.ndarray) -> bool:
+    return spread <= 1e-12 * np.abs(values).max()  # but for rounding
 
 
 def holm(p) -> np.ndarray:

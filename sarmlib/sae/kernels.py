@@ -11,14 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def topk_encode(x: Tensor, W_enc: Tensor, b_pre: Tensor, b_enc: Tensor | None, k: int,
-                relu: bool) -> tuple[Tensor, Tensor]:
+def topk_encode(x: Tensor, W_enc: Tensor, b_pre: Tensor, b_enc: Tensor | None, k: int | None, relu: bool,
+                threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """TopK(W_enc (x - b_pre) + b_enc) (paper eq. 4) -> indices [B,k] int64, values [B,k], in falling order.
 
-    ``relu`` sets negative survivors to 0.  Differentiable in x and all parameters.
+    ``relu`` sets negative survivors to 0.  With ``threshold`` [M], none below 0, it is JumpReLU, a [a > threshold],
+    and k the most active features of any row; shorter rows are filled with zeros at other features.
+    Differentiable in x and all parameters, but not in the threshold.
     """
     with full_precision(W_enc):
-        return _TopKEncode.apply(x.to(W_enc.dtype), W_enc, b_pre, b_enc, k, relu)
+        return _TopKEncode.apply(x.to(W_enc.dtype), W_enc, b_pre, b_enc, k, relu, threshold)
 
 
 def sparse_decode(indices: Tensor, values: Tensor, W: Tensor) -> Tensor:
@@ -92,8 +94,12 @@ def _keep_topk(pre: Tensor, k: int, relu: bool) -> tuple[Tensor, Tensor]:
 
 class _TopKEncode(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, W_enc, b_pre, b_enc, k, relu):
-        values, indices = _keep_topk(F.linear(x - b_pre, W_enc, b_enc), k, relu)
+    def forward(ctx, x, W_enc, b_pre, b_enc, k, relu, threshold):
+        pre = F.linear(x - b_pre, W_enc, b_enc)
+        if threshold is not None:
+            k = max([1, *(pre > threshold).sum(-1).tolist()])
+            pre.masked_fill_(pre <= threshold, 0)
+        values, indices = _keep_topk(pre, k, relu)
         ctx.relu = relu
         ctx.save_for_backward(x, W_enc, b_pre, indices, values)
         ctx.mark_non_differentiable(indices)
@@ -107,7 +113,7 @@ class _TopKEncode(torch.autograd.Function):
         to_x = sparse_decode(indices, g, W_enc) if needs_x or needs_pre else None
         to_W = Pairs(indices, W_enc.shape[0]).scatter(x - b_pre, g) if needs_W else None
         to_enc = _per_feature(indices, g, W_enc.shape[0]) if needs_enc else None
-        return to_x if needs_x else None, to_W, -to_x.sum(0) if needs_pre else None, to_enc, None, None
+        return to_x if needs_x else None, to_W, -to_x.sum(0) if needs_pre else None, to_enc, None, None, None
 
 
 class _TopKAutoencode(torch.autograd.Function):

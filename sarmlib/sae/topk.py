@@ -2,6 +2,7 @@
 
     x     = (h - mean(h)) / (std(h) + 1e-6)              per vector; unbiased std; statistics are returned, never kept
     z     = TopK(W_enc (x - b_pre) [+ b_enc])            eqs. 4, 7
+            or a [a > threshold] of the same a           JumpReLU, of released SAEs (arXiv 2407.14435)
     x_hat = W_dec^T z + b_pre                            eqs. 3, 8   (row m of our W_dec is the paper's column m)
     loss  = mean_b |x - x_hat|^2 / |x|^2                 eq. 5 up to a constant: |x|^2 = d - 1 after normalisation
 """
@@ -31,10 +32,10 @@ FORMAT = "sarmlib.topk_sae.v1"
 
 
 class SparseCode(NamedTuple):
-    """Sparse feature vectors z: the k kept features of each sample, strongest first."""
+    """Sparse feature vectors z: the k kept features of each sample, strongest first, all different."""
 
     indices: Tensor  # [..., k] int64: which features were kept
-    values: Tensor  # [..., k]: their activations z (0 where ReLU cut a negative survivor)
+    values: Tensor  # [..., k]: their activations z (0: a negative one under ReLU, or fewer than k are active)
     n_features: int  # M
 
     def dense(self) -> Tensor:
@@ -67,17 +68,19 @@ class TopKSAE(nn.Module):
 
     Parameters: W_enc [M,d], b_pre [d], optional b_enc [M], W_dec [M,d] with unit rows (= the paper's decoder columns),
     at first W_dec = W_enc, random directions from ``generator``.  All is computed in their type, also under autocast.
-    ``d_model``: d; ``n_features``: M (paper: 16 d); ``k``: features kept per vector (paper: 3/64 d); ``encoder_bias``:
-    add b_enc before TopK; ``relu``: set negative survivors of TopK to 0 (the released code has the bias and no ReLU);
-    ``normalize``: standardise each vector first.
+    ``d_model``: d; ``n_features``: M (paper: 16 d); ``k``: features kept per vector (paper: 3/64 d), or None: JumpReLU,
+    which keeps those above a fixed ``threshold`` [M] >= 0 (a buffer); ``encoder_bias``: add b_enc before TopK;
+    ``relu``: set negative survivors of TopK to 0 (the released code has the bias and no ReLU); ``normalize``:
+    standardise each vector first.
     Raises ConfigError for impossible sizes, DataError for states of another size.
     """
 
-    def __init__(self, d_model: int, n_features: int, k: int, *, encoder_bias: bool = False, relu: bool = True,
-                 normalize: bool = True, generator: torch.Generator | None = None):
+    def __init__(self, d_model: int, n_features: int, k: int | None, *, encoder_bias: bool = False,
+                 relu: bool = True, normalize: bool = True, generator: torch.Generator | None = None):
         super().__init__()
-        integers = all(type(size) is int for size in (d_model, n_features, k))
-        if not integers or d_model < 2 or not 1 <= k <= n_features:
+        most = n_features if k is None else k
+        integers = all(type(size) is int for size in (d_model, n_features, most))
+        if not integers or d_model < 2 or not 1 <= most <= n_features:
             raise ConfigError(f"{d_model=}, {n_features=}, {k=} are no integers with d_model > 1, 1 <= k <= n_features")
         if not all(isinstance(switch, bool) for switch in (encoder_bias, relu, normalize)):
             raise ConfigError(f"{encoder_bias=}, {relu=}, {normalize=} must be true or false")
@@ -88,6 +91,7 @@ class TopKSAE(nn.Module):
         self.W_dec = nn.Parameter(directions.clone())
         self.b_pre = nn.Parameter(torch.zeros(d_model))
         self.b_enc = nn.Parameter(torch.zeros(n_features)) if encoder_bias else None
+        self.register_buffer("threshold", torch.zeros(n_features) if k is None else None)
 
     def normalize(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(x - mean) / (std + 1e-6) per vector, std unbiased: [..., d] -> (x_norm, mean [..., 1], std + 1e-6 [..., 1]).
@@ -174,13 +178,16 @@ class TopKSAE(nn.Module):
             sae = cls(**settings)
         if wrong := [f"{name} {tensor.dtype}" for name, tensor in state.items() if not tensor.is_floating_point()]:
             raise ModelError(f"weights of an SAE are real numbers, not {', '.join(wrong)}")
+        if (sae.k is None) != ("threshold" in state):
+            raise ConfigError(f"k={sae.k} {'with' if sae.k else 'without'} a threshold: a TopK SAE needs k, a "
+                              "JumpReLU SAE has a threshold in its place; pass k for the first only")
         sae.load_state_dict(state, assign=True)
         return sae.requires_grad_(True)
 
     def _encode_normalized(self, x: Tensor) -> SparseCode:
         flat = x.reshape(-1, self.d_model)
-        indices, values = topk_encode(flat, self.W_enc, self.b_pre, self.b_enc, self.k, self.relu)
-        shape = (*x.shape[:-1], self.k)
+        indices, values = topk_encode(flat, self.W_enc, self.b_pre, self.b_enc, self.k, self.relu, self.threshold)
+        shape = (*x.shape[:-1], indices.shape[-1])
         return SparseCode(indices.view(shape), values.view(shape), self.n_features)
 
 

@@ -64,7 +64,8 @@ def train_sae(activations: Activations, config: SAETrainConfig | None = None, *,
     ``resume_dir``: for checkpoints; a later call with the same settings and activations goes on from the last one and
     ends, on a CPU, with the same bits as an uninterrupted run.
     ``accelerator``: of ``accelerate``; each process passes the same activations and takes its share of every batch.
-    Log entries: step, loss (normalised MSE), fvu (of the batch; None if all its vectors are equal), dead_fraction.
+    Log entries: step, loss (normalised MSE), fvu (of the batch; None if all its vectors are equal), dead_fraction, and
+    drift (largest distance of a decoder column's length from 1 since the last entry, before it was renormalised).
     Raises ConfigError, DataError (NaN or infinity, wrong size, stream changed or empty), ArtifactError.
     """
     config = config or SAETrainConfig()
@@ -166,7 +167,8 @@ class _Trainer:
         self.workspace = sae.W_enc.new_empty(0, sae.n_features, dtype=getattr(torch, config.matmul_dtype))
         free = dict.fromkeys(("log_every", "checkpoint_every", "steps"))  # a resumed run shares all other settings
         self.identity = json.loads(json.dumps(asdict(config) | sae.settings() | free))
-        self.step, self.log, self.live = 0, [], {"silent": self.silent}
+        self.drift = torch.zeros((), device=sae.W_enc.device)
+        self.step, self.log, self.live = 0, [], {"silent": self.silent, "drift": self.drift}
         for name, parameter in sae.named_parameters():
             moments = {part: torch.zeros_like(parameter) for part in ("exp_avg", "exp_avg_sq")}
             state = {"step": torch.zeros((), device=parameter.device), **moments}  # as Adam's first step would make it
@@ -212,18 +214,23 @@ class _Trainer:
         self.step += 1
         self.adam.step()
         self.adam.zero_grad()
-        if config.renorm_every and self.step % config.renorm_every == 0:
+        renorm, logged = (every and self.step % every == 0 for every in (config.renorm_every, config.log_every))
+        if renorm or logged or self.step == self.total:
+            distance = (sae.W_dec.detach().norm(dim=1) - 1).abs().max()
+            self.drift.copy_(torch.maximum(self.drift, distance))
+        if renorm:
             sae.renormalize_decoder()
         fired = torch.zeros_like(self.silent, dtype=torch.int32)
         fired[indices[values != 0]] = 1
         self.silent.add_(len(batch)).masked_fill_(self._sum(fired) > 0, 0)
-        if self.step % config.log_every and self.step != self.total:
+        if not logged and self.step != self.total:
             return None
         error = (x_hat.detach() - x).double().square().sum()
         loss, error = self._sum(torch.stack([loss.detach().double(), error])).tolist()
-        spread = float((whole - whole.mean(0)).double().square().sum())
+        spread, drift = float((whole - whole.mean(0)).double().square().sum()), float(self.drift)
+        self.drift.zero_()
         return {"step": self.step, "loss": loss, "fvu": error / spread if spread else None,
-                "dead_fraction": float((self.silent > config.dead_after).double().mean())}
+                "dead_fraction": float((self.silent > config.dead_after).double().mean()), "drift": drift}
 
     def _backward(self, x: Tensor, x_hat: Tensor, loss: Tensor, share: float) -> None:
         """Gradients of loss + auxk_coef * AuxK."""

@@ -1,7 +1,7 @@
 """The reward models: SARM (paper eqs. 6, 7, 9) and the conventional scalar model it is compared with.
 
     X  = RM_theta^l(T)                       backbone cut after layer l, residual stream           eq. 6
-    z  = TopK(W_enc (x_last - b_pre))        frozen sparse encoder, at the reward position only     eq. 7
+    z  = TopK(W_enc (x_last - b_pre))        frozen encoder (or JumpReLU), at the reward position   eq. 7
     r  = sum_i w_i z_i                       linear head without bias                               eq. 9
 
 Importing this module registers both with ``AutoConfig`` and ``AutoModelForSequenceClassification``.
@@ -94,7 +94,8 @@ def _old_rope_keys(rope: dict) -> dict:
 class SarmConfig(_RewardConfig):
     """What decides what a SARM computes: M, k, encoder_bias, relu, normalize as of `TopKSAE`, and a backbone.
 
-    `backbone_config` has `layer` layers (paper: half depth); topk=False scores all M activations.
+    `backbone_config` has `layer` layers (paper: half depth); topk=False scores all M activations, also those of an SAE
+    that JumpReLU cuts (k=None).
     """
 
     model_type = "sarm"

@@ -87,14 +87,14 @@ def load_released(path: str | os.PathLike, layer: int | None = None, k: int | No
 
 
 def save_official(model: SarmForSequenceClassification, folder: str | os.PathLike) -> Path:
-    """Write a SARM over a Llama in the authors' layout; ModelError for another family or no normalisation.
+    """Write a SARM over a Llama in the authors' layout; ModelError for another family, no normalisation, or JumpReLU.
 
     Their encoder has a bias and no ReLU: rewards are the same wherever the k-th activation is positive.
     """
     folder, config = Path(folder), model.config.backbone_config
-    if config.model_type != "llama" or not model.config.normalize:
-        raise ModelError(f"the official layout holds Llama backbones with a normalising SAE; this one is "
-                         f"{config.model_type!r}, normalize={model.config.normalize}")
+    if config.model_type != "llama" or not model.config.normalize or model.config.k is None:
+        raise ModelError(f"the official layout holds Llama backbones with a normalising TopK SAE; this one is "
+                         f"{config.model_type!r}, normalize={model.config.normalize}, k={model.config.k}")
     theirs = {new: old for old, new in SAE_NAMES.items()}
     state = {theirs.get(name, name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     state["sae.decoder.weight"] = state["sae.decoder.weight"].T.contiguous()

@@ -142,7 +142,7 @@ TEMPLATES = {"zero": "{{ 1 / 0 }}", "type": "{{ 1 + 'a' }}", "range": "{% for i 
              "nested": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
                        "{% endfor %}{% endfor %}x",
              "repeat": "{{ 'x' * 10**10 }}", "syntax": "{% for %}", "format":
-             "{{ '%099999999999d' % 1 }}"}
+             "{{ '%099999999999d' % 1 }}", "power": "{{ 9**9**9 }}", "power2": "{% set x = 10**100000000 %}"}
 LONG = {"much": "{% for a in range(9999) %}{% for b in range(9999) %}xxxxxxxxxx{% endfor %}{% endfor %}"}
 
 
@@ -265,9 +265,9 @@ def bomb(path, megabytes=300, line=b"\0"):
 
 
 @pytest.mark.parametrize("name", ["r.jsonl.gz", "r.json.gz", "c.txt.gz", "c.jsonl.gz"])
-@pytest.mark.parametrize("of", ["nothing", "spaces"])
+@pytest.mark.parametrize("of", ["nothing", "spaces", "lines"])
 def test_gz_bombs(name, of, sarm, base, tmp_path):
-    bomb(tmp_path / name, 300, {"nothing": b"\0", "spaces": b" "}[of])
+    bomb(tmp_path / name, 300, {"nothing": b"\0", "spaces": b" ", "lines": b"\n"}[of])
     limits = {"memory": 3 << 30}
     found = (command("score", "--model", sarm, "--input", tmp_path / name, **limits) if name[0] == "r"
              else pretrains(base, tmp_path / "o", corpus=tmp_path / name, **limits))
