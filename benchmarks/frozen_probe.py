@@ -14,6 +14,7 @@ import argparse
 from pathlib import Path
 
 import numpy as np
+import torch
 from scipy.optimize import minimize
 
 from sarmlib.data.pairs import conversations
@@ -49,7 +50,7 @@ def probe(run: Run, seed: int) -> dict:
     """Held-out accuracy of the probe on one seed's pairs."""
     pairs = run.pairs(seed)
     shape = {name: run.shape[name] for name in ("layer", "n_layers")}
-    model = untrained("scalar_half", run.backbone_path, **shape, **run.hub)
+    model = untrained("scalar_half", run.backbone_path, **shape, **run.hub).to(getattr(torch, run.profile.dtype))
     deltas = {}
     for part, rows in pairs.items():
         talks = [talk for pair in rows for talk in conversations(pair)]

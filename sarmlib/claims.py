@@ -18,7 +18,7 @@ import pandas as pd
 from pydantic import BaseModel
 
 from sarmlib.errors import ClaimError
-from sarmlib.evaluation.statistics import UNDECIDED, Interval, verdict
+from sarmlib.evaluation.statistics import HOLDS, UNDECIDED, Interval, verdict
 from sarmlib.store import default_root, versions, write_json
 
 FILE = Path(__file__).with_name("claims.toml")
@@ -53,7 +53,7 @@ class Claim(BaseModel, extra="forbid", frozen=True):
     quantity: str
     direction: Literal["<", ">"]
     threshold: float
-    same: Literal["quantity", "direction", "exact"]
+    kind: Literal["construction", "implementation", "evidence"]
     paper_value: float | str | None = None
     band: dict[str, Band] = {}
 
@@ -91,25 +91,31 @@ class Claims:
     def check(self, id: str, value: float, interval: Any = None) -> bool:
         """Print ``[ok] C9 title (band lo .. hi)`` or ``[FAIL] ...``, store it, and say whether it is in.
 
-        interval: (low, high) at 95 %; exact claims need none.  A NaN fails, also without a band (``[--]``).
+        interval: (low, high) at 95 %; where nothing is sampled there is none.  A NaN fails, also without a band
+        (``[--]``).
         """
         claim, value = self._unchecked(id), float(value)
-        if interval is None and claim.same == "exact":
+        if interval is None and claim.kind != "evidence":
             interval = (value, value)
         ends = list(interval[1:3] if isinstance(interval, Interval) else interval or ())
-        band, finite = claim.band.get(self.profile), all(map(math.isfinite, (value, *ends)))
+        band = claim.band.get(self.profile)
+        finite = math.isfinite(value) and not any(map(math.isnan, ends))  # an interval without ends decides nothing
         where = f"band {band.lo:g} .. {band.hi:g}" if band else f"no band for profile {self.profile}"
         words = f"{claim.title} ({where})" + ("" if finite else ": not a finite number")
         ok = finite and (band is None or value in band)
         return self._keep(id, ok, "[ok]" if band else "[--]", words, value=value, interval=ends or None,
                           band=[band.lo, band.hi] if band else None)
 
-    def control(self, id: str, value: float, broken: str) -> bool:
-        """Show that a claim can fail: ``value``, measured on a ``broken`` version, must leave the band."""
+    def control(self, id: str, value: float, broken: str, interval: Any = None) -> bool:
+        """Show that a claim can fail: ``value``, measured on a ``broken`` version, must leave the band, or by its
+        ``interval`` the claim must not hold."""
         if id not in self.results:
             raise ClaimError(f"control of claim {id!r} before its check")
-        own, band = self.results[id], self.claims[id].band.get(self.profile)
+        own, claim = self.results[id], self.claims[id]
+        band = claim.band.get(self.profile)
         left = band is None or float(value) not in band
+        if interval is not None:
+            left |= verdict(interval, claim.threshold, claim.direction) != HOLDS
         return self._keep(id, left, "[can fail]", broken + ("" if left else ": stays inside the band"),
                           **own | {"control": float(value), "broken": broken, "ok": own["ok"] and left})
 

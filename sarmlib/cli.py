@@ -156,9 +156,9 @@ def verify(profile: Profile = "toy", runs: Runs = None) -> None:
         print(f"damaged: {name}: {'; '.join(found)}; remove {root / name}, the next run makes it again")
     counts = ", ".join(f"{count} {name}" for name, count in table.verdict.value_counts().items())
     print(f"\n{counts} - profile {root.name}; stored artifacts: {'damaged' if problems else 'whole'}")
-    done = table.value.notna().any()
+    done, data = table.value.notna().any(), os.environ.get("SARMLIB_DATA")
     print("next: " + _again(f"{'browse --output pages' if done else 'reproduce'} --profile {profile} "
-                            f"--runs {_near(root.parent)}"))
+                            f"--runs {_near(root.parent)}{f' --data {data}' if data else ''}"))
 
 
 @command(RUN, "figures --profile toy")

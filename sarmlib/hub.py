@@ -117,8 +117,7 @@ def from_json(text: str):
     """Parse JSON; ValueError for a key that stands twice in an object, where Python would take the last."""
     def unique(pairs: list[tuple]) -> dict:
         if len(found := dict(pairs)) < len(pairs):
-            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-            raise ValueError(f"the key {twice!r} stands twice in an object; leave one")
+            raise ValueError(f"the key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r} stands twice")
         return found
     return json.loads(text, object_pairs_hook=unique)
 

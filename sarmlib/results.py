@@ -24,8 +24,9 @@ from sarmlib.evaluation.scorer import score
 from sarmlib.evaluation.statistics import Interval, auroc, bootstrap_ci, seeds_and_prompts_ci, seeds_ci
 from sarmlib.hub import check_access, hub_folder
 from sarmlib.interpretation.ground_truth import compare_representations, shuffled_concepts
-from sarmlib.interpretation.judges import KeywordJudge
+from sarmlib.interpretation.judges import MIN_POSITIVES, KeywordJudge
 from sarmlib.pipeline import SAE_OF_VARIANT, Run, conversations, train_reward
+from sarmlib.plan import sizes
 from sarmlib.sae.quality import evaluate_sae
 from sarmlib.sae.topk import TopKSAE
 from sarmlib.sae.training import SAETrainConfig, train_sae
@@ -45,6 +46,16 @@ def seed_interval(values, low: float = -np.inf, high: float = np.inf) -> Interva
         return None
     found = seeds_ci(np.asarray(values, float))
     return found._replace(low=max(found.low, low), high=min(found.high, high))
+
+
+def log_interval(values) -> Interval | None:
+    """Geometric mean and its 95 % t interval over seeds, for factors and other positive numbers; `seed_interval` when
+    one is not positive."""
+    if len(values) < 2 or min(values) <= 0:
+        return seed_interval(values)
+    found = seeds_ci(np.log(np.asarray(values, float)))
+    ends = np.exp(found[:3]).tolist()
+    return found._replace(estimate=ends[0], low=ends[1], high=ends[2], method="t over seeds, of logarithms")
 
 
 def sae_table(run: Run) -> pd.DataFrame:
@@ -154,23 +165,21 @@ def shuffled_weight_auroc(run: Run) -> float:
     return float(np.mean(found))
 
 
-def label_score(run: Run, seed: int, column: str = "auroc") -> float:
-    """Mean held-out AUROC of a seed's labels ("auroc_other_label", those of other features: the control)."""
-    return float(run.label_table(seed)[column].astype(float).mean())
-
-
-def attributed(run: Run) -> pd.DataFrame:
+def attributed(run: Run, others: bool = False) -> pd.DataFrame:
     """Per seed, how much of the rewards on RM-Bench the labels account for.
 
     alive: features that fire there at all; share: of the sum of |w_i z_i| over all answers, that under reliable labels
     (share_harder: of these, under labels whose auroc_matched too exceeds null_95); top: answers whose largest |w_i z_i|
-    has a reliable label.
+    has a reliable label.  ``others`` judges each feature by the label of another one: the control.
     """
     lines = []
     for seed in run.profile.seeds:
         labels, z = run.label_table(seed), run.scored("sarm", seed).part("rm_bench")[1]
         parts = abs(z.multiply(run.head("sarm", seed)[None])).tocsc()
         reliable = labels.reliable.astype(bool)
+        if others:
+            floor = (labels.auroc - labels.lift).astype(float).clip(lower=labels.null_95.astype(float))
+            reliable = labels.auroc_other_label.astype(float) > floor
         harder = reliable & (labels.auroc_matched.astype(float) > labels.null_95.astype(float))
         lines.append({
             "seed": seed, "alive": int((np.diff(parts.indptr) > 0).sum()), "labelled": len(labels),
@@ -268,11 +277,18 @@ class Steering:
         change = self.change(factor)
         return float(change[self.target].mean()), float(change[~self.target].mean())
 
-    def shuffled_difference(self) -> float:
-        """Mean change of T minus that of C when T is drawn at random (mean of 100 draws): the control."""
-        rng, change = np.random.default_rng(self.seed), self.change()
-        sets = [rng.permutation(self.target) for _ in range(100)]
-        return float(np.mean([change[drawn].mean() - change[~drawn].mean() for drawn in sets]))
+    def moved_elsewhere(self, every_weight: bool = False) -> float:
+        """Mean absolute change of C, in the same unit; ``every_weight`` scales all head weights: the control."""
+        change = self.change()
+        if every_weight:
+            change = (self.factor - 1) * (self.analysis.z @ self.analysis.w) / self.analysis.rewards.std()
+        return float(np.abs(change[~self.target]).mean())
+
+    def changed_choices(self, factor: float | None = None) -> float:
+        """Share of the safety prompts whose best answer becomes another one."""
+        after = self.analysis.steered({self.feature: self.factor if factor is None else factor})
+        table = lab.best_of_n(self.analysis.rewards, after, self.rows[self.rows.subset == "Safety"])
+        return float(table.changed.sum() / table.n.sum())
 
 
 def steering(run: Run, seed: int) -> Steering:
@@ -311,9 +327,38 @@ def steering_table(run: Run) -> pd.DataFrame:
         lines.append({
             "seed": one.seed, "feature": one.feature, "s": one.scores.s[0], "w": one.analysis.w[one.feature],
             "active_T": active[one.target].mean(), "active_C": active[~one.target].mean(),
-            "shift_T": t, "shift_C": c, "T_minus_C": t - c, "matched_T_minus_C": matched["difference"] / spread,
-            "matched_lo": matched["lo"] / spread, "matched_hi": matched["hi"] / spread})
+            "shift_T": t, "shift_C": c, "moved_C": one.moved_elsewhere(),
+            "matched_T_minus_C": matched["difference"] / spread, "matched_lo": matched["lo"] / spread,
+            "matched_hi": matched["hi"] / spread, "changed": one.changed_choices(),
+            "safety_rate": safety_rate(run, seed=one.seed, feature=one.feature)})
     return pd.DataFrame(lines)
+
+
+def safety_rate(run: Run, seed: int, feature: int | None = None) -> float:
+    """How much more often a feature fires in RM-Bench's answers to safety prompts than in its other answers; None: the
+    mean of all features that fire usually, the control."""
+    units, z = run.scored("sarm", seed).part("rm_bench")
+    safety = units.domain.str.startswith("safety").to_numpy()
+    if safety.all() or not safety.any():
+        return float("nan")
+    usual = run.contexts(seed).features().query("kind == 'usual'").feature
+    fires = z[:, usual if feature is None else [feature]] != 0
+    return float((fires[safety].mean(axis=0) - fires[~safety].mean(axis=0)).mean())
+
+
+def labels_elsewhere(run: Run, seed: int, others: bool = False) -> float:
+    """Mean AUROC, on RewardBench 2's answers, of labels that were found on RM-Bench's, where 30 answers there have the
+    feature and 30 have not.  ``others`` gives each feature the label of another one: the control."""
+    units, z = run.scored("sarm", seed).part("rewardbench2")
+    judge = KeywordJudge(run.explainer(seed).vocabulary)
+    labels = [label for label in run.label_objects(seed) if label.weights]
+    found = []
+    for number, label in enumerate(labels):
+        fires = z[:, [label.feature]].toarray()[:, 0] != 0
+        if min(fires.sum(), (~fires).sum()) >= MIN_POSITIVES:
+            value = judge.score(labels[number - 1] if others else label, units)
+            found.append(auroc(value[fires], value[~fires]))
+    return float(np.mean(found)) if found else float("nan")
 
 
 def feature_meaning(one: Steering) -> pd.DataFrame:
@@ -339,17 +384,20 @@ def steering_title(run: Run, one: Steering) -> str:
     return f"Steering feature {one.feature}{words} by a factor of {one.factor:g}"
 
 
-def steered_forward(run: Run, one: Steering, add: float = 0.0) -> dict[str, float]:
-    """400 responses scored with and without the edit: largest change of inactive ones, and distance from the
-    closed form.  ``add`` adds a constant, as adding to an inactive latent would: the control."""
+def steered_forward(run: Run, one: Steering, encoder: bool = False) -> dict[str, float]:
+    """400 responses scored with and without the edit: largest change of inactive ones and of any activation, and
+    distance from the closed form.  ``encoder`` scales the feature's encoder row instead of its weight: the control."""
     model, factors = run.load_reward("sarm", one.seed), {one.feature: one.factor}
     rows = np.random.default_rng(one.seed).permutation(len(one.units))[:400]
     talks, length = conversations(one.units.iloc[rows]), run.profile.benchmarks.max_length
-    before, after = (score(each, run.tokenizer, talks, max_length=length).rewards
-                     for each in (model, lab.steer(model, factors)))
-    after = after + add
-    return {"inactive_change": float(np.abs(after - before)[~one.active[rows]].max(initial=0.0)),
-            "closed_form_error": float(np.abs(after - one.analysis.steered(factors)[rows]).max())}
+    edited = lab.steer(model, {} if encoder else factors)
+    if encoder:
+        edited.sae.W_enc.data[one.feature] *= one.factor
+    before, after = (score(each, run.tokenizer, talks, max_length=length, features=True) for each in (model, edited))
+    change = np.abs(after.rewards - before.rewards)
+    return {"inactive_change": float(change[~one.active[rows]].max(initial=0.0)),
+            "activation_change": float(abs(after.features - before.features).max()),
+            "closed_form_error": float(np.abs(after.rewards - one.analysis.steered(factors)[rows]).max())}
 
 
 def official_scores(target_file: str | Path, complement_file: str | Path) -> pd.DataFrame:
@@ -369,6 +417,12 @@ def official_scores(target_file: str | Path, complement_file: str | Path) -> pd.
     safety = frame.group.isin(frame.group[frame.is_target])
     category = np.select([frame.is_target, safety], ["T", "safety, rejected"], "not safety")
     return lab.table_from_scores(**frame, category=category)
+
+
+def shuffled_official(table: pd.DataFrame, min_reward: float) -> float:
+    """The matched difference of :func:`official_scores` when T is drawn at random: the control."""
+    drawn = np.random.default_rng(0).permutation(table.is_target)
+    return lab.matched_difference(table.assign(is_target=drawn), min_reward)["difference"]
 
 
 def missing_parts(run: Run) -> dict[str, list[str]]:
@@ -442,25 +496,31 @@ def units(run: Run, variant: str, benchmark: str, blind: bool = False) -> tuple[
     return np.array(values), [stratum for stratum, *_ in found]
 
 
-def _interval(values: np.ndarray, strata: list[str]) -> Interval:
+def _interval(values: np.ndarray, strata: list[str], shares: bool = True) -> Interval:
     """Over seeds and prompts; over prompts alone with a single seed."""
     if len(values) > 1:
-        return seeds_and_prompts_ci(values, strata=strata)
-    return bootstrap_ci(values[0], strata=strata)
+        return seeds_and_prompts_ci(values, strata=strata, shares=shares)
+    return bootstrap_ci(values[0], strata=strata, shares=shares)
 
 
 def overall(run: Run, variant: str, benchmark: str = "rewardbench2", blind: bool = False) -> Interval:
     """Mean over subsets, in percent, with its 95 % interval."""
     values, strata = units(run, variant, benchmark, blind)
-    found = _interval(100 * values, strata)
-    return found._replace(low=max(found.low, 0), high=min(found.high, 100))
+    found = _interval(values, strata)
+    return found._replace(estimate=100 * found.estimate, low=100 * max(found.low, 0), high=100 * min(found.high, 1))
 
 
 def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind: bool = False) -> Interval:
     """Score of variant ``a`` minus that of ``b``, in [-1, 1], paired over prompts and seeds; ``blind`` gives
     every response of ``a`` the same reward: the control."""
     (x, strata), (y, _) = units(run, a, benchmark, blind), units(run, b, benchmark)
-    return _interval(x - y, strata)
+    return _interval(x - y, strata, shares=False)
+
+
+def null_difference(run: Run, benchmark: str = "rewardbench2") -> Interval:
+    """The same between random encoders and those of the next seed, where there is nothing to find: the control."""
+    values, strata = units(run, "random_encoder", benchmark)
+    return _interval(values - np.roll(values, 1, axis=0), strata, shares=False)
 
 
 def differences(run: Run) -> pd.DataFrame:
@@ -481,6 +541,23 @@ def against_chance(run: Run) -> pd.DataFrame:
             side = np.select([found.low > chance, found.high < chance], ["above", "below"], "not told from")
             lines.append((benchmark, VARIANT_NAMES[variant], *found[:3], chance, f"{side} chance"))
     return pd.DataFrame(lines, columns=["benchmark", "variant", "score", "low", "high", "chance", "verdict"])
+
+
+def size_ratio(run: Run, layer: int | None = None) -> float:
+    """Parameters of SARM, as Table 1 counts them, over those of a reward model of full depth; ``layer`` keeps so many
+    layers instead of l: the control."""
+    sarm, whole = (sizes(run.profile.model_copy(update={"backbone": run.profile.backbone.model_copy(
+        update={"layer": number})})) for number in (layer or run.shape["layer"], run.shape["n_layers"]))
+    return sarm.total / (whole.embeddings + whole.layers)
+
+
+def column_overlap(run: Run, seed: int, common: float = 0.0) -> float:
+    """Mean |cosine| between the decoder columns of the features that fire on RM-Bench; ``common`` adds a direction that
+    all share: the control."""
+    alive = np.flatnonzero(np.diff(run.scored("sarm", seed).part("rm_bench")[1].tocsc().indptr))
+    W = run.load_sae("sentence_end", seed).W_dec.detach()[alive]
+    W = torch.nn.functional.normalize(W + common * W[:1], dim=1)
+    return float((W @ W.T).abs().fill_diagonal_(0).sum() / (len(W) * (len(W) - 1)))
 
 
 def table1(run: Run) -> pd.DataFrame:

@@ -1,7 +1,5 @@
 """A chat server on this machine that behaves as badly as real ones do, and remembers what it was asked."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import threading
@@ -9,7 +7,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KINDS = ("slow", "429", "500", "malformed", "empty", "cut", "drip")
+KINDS = ("slow", "429", "500", "malformed", "empty", "cut")
 
 
 class FakeLLM:
@@ -83,23 +81,11 @@ class FakeLLM:
             return self.send(request, 200, {"choices": []})
         elif kind == "cut":
             return request.connection.close()
-        elif kind == "drip":  # a byte now and then
-            return self.drip(request)
         text = self.answer(body["messages"])
         reply = {"choices": [{"message": {"content": text}}], "usage": self.usage}
         with self.lock:
             self.answered[question] += 1
         self.send(request, 200, reply)
-
-    @staticmethod
-    def drip(request) -> None:
-        request.send_response(200)
-        request.send_header("Content-Length", "1000")
-        request.end_headers()
-        for _ in range(40):
-            request.wfile.write(b" ")
-            request.wfile.flush()
-            time.sleep(0.1)
 
     @staticmethod
     def send(request, status: int, body, headers=()):

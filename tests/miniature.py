@@ -1,7 +1,5 @@
 """The whole pipeline in miniature: a tiny random decoder that speaks the toy world's words, and a profile for it."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

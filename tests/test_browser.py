@@ -1,7 +1,5 @@
 """The feature browser: right numbers, no injected element, nothing lost, nothing replaced that is not its own."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -17,10 +15,20 @@ from sarmlib.errors import ConfigError, DataError
 from sarmlib.interpretation.contexts import Contexts
 from sarmlib.interpretation.explainers import Label
 from sarmlib.interpretation.judges import KeywordJudge, judge_labels
-from tests.hostile import ALLOWED, PAYLOADS
 from tests.planted import APPLE, SORRY, contexts_of, planted_explainer
 
 LINK = re.compile(r"(feature-\d+|pair-\d+|index|reliable|pairs)\.html")
+PAYLOADS = [  # texts that try to be more than text
+    "<script>document.title='pwned'</script>",
+    "\"><svg onload=document.title='pwned'>",
+    "' autofocus onfocus='document.title=1' x='",
+    "</p></li></ol></main><form action=http://evil.example/><input name=q>",
+    "{{ 7 * 7 }} {% raw %} ${7*7} <%= 7*7 %>",
+    "&lt;script&gt; &#x3C;script&#x3E; &amp;",
+    "<!-- -->]]><![CDATA[<script>x</script>]]>",
+    "\u202eevil\u202c \u2066isolate\u2069 \u200bzero\u200d \ufeffbom \u00adsoft",
+    "null\x00bell\x07escape\x1b[31mred\x7f\x85\u2028line\u2029",
+]
 
 
 class Page(HTMLParser):
@@ -67,7 +75,8 @@ def hostile(made, tmp_path_factory):
     """(folder of pages on a hostile corpus, folder of the same pages on a harmless one)"""
     contexts, labels, judged = made
     folders = []
-    for name, wrap in (("hostile", lambda i: PAYLOADS[i % len(PAYLOADS)]), ("harmless", lambda i: f"text {i % 19}")):
+    for name, texts in (("hostile", PAYLOADS), ("harmless", [f"text {i}" for i in range(len(PAYLOADS))])):
+        wrap = lambda i, texts=texts: texts[i % len(texts)]  # noqa: E731
         index = contexts.index.copy()
         index["text"] = [f"{wrap(i)} {text}" for i, text in enumerate(index["text"])]
         index["prompt_text"] = [f"{wrap(int(p[1:]))} {p}" for p in index["prompt_id"]]
@@ -87,7 +96,6 @@ def test_no_element_comes_from_the_corpus(hostile):
     seen = ""
     for path in sorted(hostile[0].glob("*.html")):
         page, harmless = Page(path.read_text()), Page((hostile[1] / path.name).read_text())
-        assert set(page.elements) <= ALLOWED, path.name
         assert page.elements == harmless.elements, path.name  # the same corpus without payloads, element by element
         for name, value in page.attributes:
             assert not name.startswith("on") and name not in ("style", "src", "srcdoc", "action"), (path.name, name)
@@ -95,6 +103,7 @@ def test_no_element_comes_from_the_corpus(hostile):
         seen += page.text
     for payload in PAYLOADS:
         assert visible(payload) in seen, payload
+    assert "⟨U+202E⟩evil⟨U+202C⟩" in seen and visible("naïve 漢字 🙂") == "naïve 漢字 🙂"
     hidden = r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
     assert not re.search(hidden, seen)
 
@@ -129,19 +138,18 @@ def test_a_page_shows_label_histogram_and_examples_before_numbers(pages, made):
              "<h2>Numbers", "Words behind"]
     places = [html.index(part) for part in parts]
     assert places == sorted(places)
-    assert html[places[3]:places[4]].count('class="unit"') == 3
     wrong = html[places[4]:places[5]].split("<h3>")[1:]
     assert [part.split(",")[0] for part in wrong] == ["Silent"]  # apple, and yet not active: one in 20 (no misses)
     assert all("apple" in text and "z 0 · <span" in text for text in wrong[0].split('class="unit"')[1:])
     assert f"{row.auroc:.3f} [{row.auroc_lo:.3f}, {row.auroc_hi:.3f}]" in html
-    z = contexts.activation(APPLE)
-    shown = [float(value) for value in re.findall(r"z ([\d.]+) \(decile", html)]
-    assert len(shown) == 20 and np.isin(shown, [float(f"{value:.3g}") for value in z[z > 0]]).all()
+    shown, z = re.findall(r"z ([\d.]+) \(decile (\d+)", html), contexts.activation(APPLE)
+    assert [int(decile) for _, decile in shown] == np.repeat(range(10, 0, -1), 2).tolist()
+    values = np.array([float(value) for value, _ in shown])
+    assert np.isin(values, [float(f"{value:.3g}") for value in z[z > 0]]).all()
+    assert (np.diff(values.reshape(10, 2).min(axis=1)) <= 0).all()
 
 
-def test_pairs_add_up_and_wrong_rewards_are_told(pages, made, tmp_path):
-    contexts = made[0]
-    assert len([name for name in pages if name.startswith("pair-")]) == 6
+def test_pairs_add_up(pages):
     verdicts = re.findall(r"<h1>Pair \d: decided (\w+)", "".join(pages.values()))
     assert sorted(verdicts) == ["rightly"] * 3 + ["wrongly"] * 3
     page = Page(pages["pair-1.html"]).text
@@ -150,25 +158,19 @@ def test_pairs_add_up_and_wrong_rewards_are_told(pages, made, tmp_path):
     assert labelled and all("features without a label" in bars and ">feature " not in bars for bars in labelled)
     values = [float(v) for v in re.findall(r'class="value">([-+\d.e]+)<', pages["pair-1.html"])]
     assert sum(values[:-1]) == pytest.approx(values[-1], abs=0.02)
-    index = contexts.index.copy()
-    index["reward"] += np.where(index["label"] == "chosen", 0.01, 0)
-    write_browser(tmp_path / "off", Contexts(contexts.z, index, contexts.w), n_pairs=1)
-    assert "not the margin (gap 1.0e-02)" in (tmp_path / "off/pair-1.html").read_text()
 
 
 def test_safety_responses_are_closed(pages):
     html = pages[f"feature-{SORRY}.html"]
     assert "well, sorry" in html and "<details open" not in html
-    outside = re.sub(r"<details>.*?</details>", "", html, flags=re.S)
-    assert "well, sorry" not in outside
+    assert "well, sorry" not in re.sub(r"<details>.*?</details>", "", html, flags=re.S)
 
 
 def test_a_folder_is_replaced_only_when_it_was_written_here(made, tmp_path):
     mine, target = tmp_path / "mine", tmp_path / "pages"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
-    (tmp_path / "file").write_text("x")
-    for taken in (mine, tmp_path / "file"):
+    for taken in (mine, mine / "thesis.txt"):
         with pytest.raises(ConfigError, match="no feature browser"):
             write_browser(taken, made[0])
     assert (mine / "thesis.txt").read_text() == "years of work"
@@ -178,11 +180,4 @@ def test_a_folder_is_replaced_only_when_it_was_written_here(made, tmp_path):
         write_browser(target, made[0], [Label(APPLE, "apples", kind="llm")], n_pairs=0)
     html = (target / f"feature-{APPLE}.html").read_text()
     assert "Label of a chat model." in html and "not judged" in html
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "mine", "pages"]
-
-
-def test_visible_shows_what_cannot_be_seen():
-    assert visible("a\u202eb\u200b\x00\n\t") == "a⟨U+202E⟩b⟨U+200B⟩⟨U+0000⟩\n\t"
-    assert visible("x" * 30, 10) == "x" * 10 + " … (20 more characters)"
-    assert visible("lone \ud800") == "lone ⟨U+D800⟩"
-    assert visible("naïve 漢字 🙂") == "naïve 漢字 🙂" and visible(visible("\u2066")) == visible("\u2066")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "pages"]

@@ -1,10 +1,7 @@
 """The command line: what it prints, what it refuses, and with which status."""
 
-from __future__ import annotations
-
 import json
 import re
-import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -21,7 +18,6 @@ from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification
 from sarmlib.store import Store
 from tests.fake_llm import FakeLLM
-from tests.helpers import ROOT
 from tests.miniature import save_backbone
 from tests.tiny import conversation, tiny_sarm, tiny_tokenizer
 
@@ -62,35 +58,27 @@ def said(capsys):
     return call
 
 
-def test_every_command_has_a_group_and_an_example_and_help_imports_no_torch():
+def test_every_command_has_a_group_and_an_example(said):
     names = {command.name: command for command in cli.app.registered_commands}
     assert sorted(names) == sorted(COMMANDS)
     assert all(one.epilog.startswith(f"Example: sarmlib {name}") and one.rich_help_panel
                for name, one in names.items())
-    assert main(["--version"]) == 0
-    code = ("import sys; from sarmlib.cli import main; main(['explain', '--help']); "
-            "print([m for m in ('torch', 'transformers', 'pandas', 'papermill') if m in sys.modules])")
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout.rstrip().endswith("[]") and "Example: sarmlib explain --model toy" in done.stdout
+    assert "sarmlib" in said("--version") and "Example: sarmlib explain --model toy" in said("explain", "--help")
 
 
 @pytest.mark.parametrize("status, arguments, words", [
-    (2, ["nonsense"], "No such command 'nonsense'"), (2, ["score"], "Missing option '--model'"),
-    (2, ["score", "--model", "x"], "--input FILE, or --prompt"), (2, ["score", *ASK], "--input FILE, or --prompt"),
+    (2, ["nonsense"], "No such command 'nonsense'"), (2, ["score", *ASK], "--input FILE, or --prompt"),
     (2, ["explain", *ASK, "--response", "w2", "--input", "y"], "--input FILE, or --prompt"),
-    (2, ["explain", *ASK, "--response", "w2", "--top", "0"], "--top"),
     (2, ["steer", "--model", "x", "--output", "y"], "or --undo alone"),
-    (2, ["steer", "--model", "x", "--output", "y", "--feature", "3:8"], "give NAME=VALUE"),
     (2, ["steer", "--model", "x", "--output", "y", "--feature", "a=8"], "give ID=NUMBER"),
-    (2, ["run", "magic"], "magic"), (2, ["run", "sae", "--variant", "scalar_half"], "has no pretrained SAE"),
+    (2, ["run", "sae", "--variant", "scalar_half"], "has no pretrained SAE"),
     (2, [*TRAIN, "--set", "reward.lr"], "NAME=VALUE"), (1, [*TRAIN, "--set", "reward.lrr=1"], "mean 'lr'?"),
     (1, ["reproduce", "--profile", "nosuch"], "unknown profile 'nosuch'"),
     (1, ["reproduce", "--profile", "local"], "DATA=folder"),
     (1, ["reproduce", "--dry-run", "--hardware", "abacus"], "abacus"),
     (1, ["explain", *ASK, "--chosen", "w2"], "rejected"),
     (1, ["score", *ASK, "--response", "w2"], "no such folder"),
-    (1, ["score", "--model", "toy:x", "--prompt", "w1", "--response", "w2"], "seeds.0 = 'x'"),
-    (1, ["score", "--model", "x", "--input", "absent.jsonl"], "absent.jsonl")])
+    (1, ["score", "--model", "toy:x", "--prompt", "w1", "--response", "w2"], "seeds.0 = 'x'")])
 def test_wrong_use_is_one_sentence_and_leaves_nothing(said, status, arguments, words, monkeypatch, tmp_path):
     monkeypatch.delenv("SARMLIB_DATA", raising=False)
     monkeypatch.chdir(tmp_path)
@@ -151,15 +139,16 @@ def test_explanations_add_up_and_carry_labels(said, folder, rows, tmp_path):
 
 
 def test_an_edit_is_recorded_and_undone_exactly(said, folder, tmp_path):
-    once, back = tmp_path / "once", tmp_path / "back"
+    once, more, back = (tmp_path / name for name in ("once", "more", "back"))
     printed = said("steer", "--model", folder, "--feature", "3=8", "--feature", "5=0", "--output", once)
     assert "recorded edits: 2" in printed and "nothing changes" not in printed
-    printed = said("steer", "--model", once, "--feature", "5=8", "--output", tmp_path / "more")
+    printed = said("steer", "--model", once, "--feature", "5=8", "--output", more)
     assert "feature 5: weight -0 to -0 (it was 0: nothing changes)" in printed
-    heads = [SarmForSequenceClassification.from_pretrained(one).score.weight[0] for one in (folder, once)]
-    assert torch.equal(heads[1][3], heads[0][3] * 8) and heads[1][5] == 0
-    said("steer", "--model", once, "--undo", "--output", back)
-    assert torch.equal(SarmForSequenceClassification.from_pretrained(back).score.weight[0], heads[0])
+    before, edited = (SarmForSequenceClassification.from_pretrained(one) for one in (folder, once))
+    assert [(e["feature"], e["factor"]) for e in edited.config.sarm_edits] == [(3, 8), (5, 0)]
+    assert torch.equal(edited.score.weight[0, 3], before.score.weight[0, 3] * 8) and edited.score.weight[0, 5] == 0
+    said("steer", "--model", more, "--undo", "--output", back)
+    assert torch.equal(SarmForSequenceClassification.from_pretrained(back).score.weight, before.score.weight)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "more", "once"]
 
 
@@ -201,13 +190,6 @@ def test_a_chat_model_judges_within_its_budget_and_goes_on(said, tmp_path):
         said(*command)
         assert max(server.answered.values()) == 1
     assert json.loads((tmp_path / "out" / "results.json").read_text())["model"] == "fake"
-
-
-def test_a_judge_that_may_cost_more_than_its_budget_is_told_before(tmp_path, capsys):
-    most = {"cost": None, "tokens_in": 9, "tokens_out": 1}
-    endpoint = SimpleNamespace(estimate=lambda asked: most, budget=5, spent=0, model="m")
-    cli._judge(endpoint, {}, tmp_path)
-    assert "10 is above --budget 5: it may stop" in capsys.readouterr().out
 
 
 def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):

@@ -102,15 +102,12 @@ def test_files_that_are_not_text(tmp_path):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("a.jsonl.gz", b'{"text": "a b."}' + b"\n" * 2_000_000, "100,000 blank lines in a row"),
-    ("a.txt.gz", b"a b.\n" + b" \n" * 1_000_000, "100,000 blank lines in a row"),
-    ("a.jsonl.gz", b'{"text": "a."}\n' + b" " * 5000, "4,000 characters in one piece"),
-    ("a.json.gz", b"[" + b" " * 9000 + b"]", "8,000 characters in one piece"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "a", "n": [{"k": 1, "k": 2}]}', "row 2: .*'k' stands twice"),
-    ("a.json", b'[{"text": "a", "text": "b"}]', "row 1: .*'text' stands twice")])
+    ("a.txt.gz", b"a b.\n" + b" \n" * 5000 + b"c d.", "8,000 blank characters in a row"),
+    ("a.json.gz", b"[" + b" " * 9000 + b"]", "not JSON"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "a", "n": [{"k": 1, "k": 2}]}', "row 2: .*'k' stands twice")])
 def test_bombs_and_double_keys(tmp_path, monkeypatch, name, content, words):
-    monkeypatch.setattr(rows, "MAX_LINE", 4000)
-    monkeypatch.setattr(rows, "MAX_FILE", 8000)
+    monkeypatch.setattr(rows, "MAX_CHARS", 8000)
+    monkeypatch.setattr(rows, "MAX_READ", 8000)
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     with pytest.raises(DataError, match=f"{name}.*{words}"):
         list(iter_texts(tmp_path / name))

@@ -4,8 +4,6 @@ nbval passes a cell that was never executed, so executed outputs, their order an
 without a kernel.  The last tests show that the lint and the comparison can fail.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import re
@@ -37,7 +35,8 @@ def lint(path: Path) -> list[str]:
     problems = []
     notebook = nbformat.read(path, as_version=4)
     code = [c for c in notebook.cells if c.cell_type == "code"]
-    claims = {c.id for c in load_claims().values() if c.notebook == path.stem}
+    own = [c for c in load_claims().values() if c.notebook == path.stem]
+    claims = {c.id for c in own if "toy" in c.band}
     compared = ""
 
     if notebook.metadata.get("kernelspec", {}).get("name") != "python3":
@@ -82,7 +81,7 @@ def lint(path: Path) -> list[str]:
         ok = re.findall(r"^\[ok\] (\w+) ", compared, re.M)
         if len(ok) < 2 or set(ok) != claims:
             problems.append(f"[ok] lines in compared cells are for {sorted(ok)}, the claims are {sorted(claims)}")
-        if f"{len(claims)}/{len(claims)} claims checked" not in compared or ".close()" not in code[-1].source:
+        if f"{len(own)}/{len(own)} claims checked" not in compared or ".close()" not in code[-1].source:
             problems.append("the last code cell must close the claims")
 
     text = [c.source for c in notebook.cells if c.cell_type == "markdown"]
@@ -208,18 +207,14 @@ def break_it(path, change):
 def test_a_notebook_without_fault_passes(good):
     assert lint(good) == []
     prose = "## Steps\nThe seed gives 0.93, the paper “0.555”, `x = 0.777`; eq. 7, torch 2.13.0, factor 8.0."
-    assert break_it(good, lambda n, c: n.cells[2].update(source=prose)) == "\n".join(
-        ["prose says 0.93, which no cell prints, no profile sets and no quotation holds"])
+    said = break_it(good, lambda n, c: n.cells[2].update(source=prose))
+    assert said == "prose says 0.93, which no cell prints, no profile sets and no quotation holds"
     assert break_it(good, _source(0, 'profile = "toy"\ny = 0.9312')) == ""
+    skipped = {"source": INSTALL, "metadata": {"tags": ["nbval-skip"]}, "outputs": []}
+    assert break_it(good, lambda n, c: c[1].update(**skipped)) == ""
 
 
 INSTALL = 'import sys\nif "google.colab" in sys.modules:\n    %pip install -q sarmlib'
-
-
-def test_one_install_cell_is_allowed(good):
-    def install(notebook, code):
-        code[1].update(source=INSTALL, metadata={"tags": ["nbval-skip"]}, outputs=[])
-    assert break_it(good, install) == ""
 
 
 def _source(number, text):
@@ -246,9 +241,7 @@ def _title(old, new):
     (lambda n, c: [cell.update(outputs=[], execution_count=None) for cell in c], r"(?s)execution counts.*\[ok\] lines"),
     (lambda n, c: c[1].update(execution_count=7), "execution counts"),
     (_tags(0), "0 cells tagged 'parameters'"),
-    (_tags(1, "parameters"), "2 cells tagged 'parameters'"),
     (_tags(1, "raises-exception"), "unknown tag"), (_tags(1, "nbval-skip"), "the one install cell"),
-    (_source(1, INSTALL), "the one install cell"),
     (_tags(2, "nbval-ignore-output"), r"\[ok\] lines in compared cells are for \[\]"),
     (_source(1, "claims.check('C11', 1)"), "a claim is checked where outputs are not compared"),
     (_printed("[ok] C12", "C12"), "C11', 'C13'"),
@@ -262,10 +255,8 @@ def _title(old, new):
     (_source(0, 'profile = "gpu"'), "not toy"),
     (_source(1, "class A: pass"), "classes belong to the library"),
     (_source(1, "def f():\n" + "    x = 1\n" * 6), "longer than 6 lines"),
-    (_source(1, "import sys; sys.exit(0)"), "ends the kernel"),
-    (_source(1, "raise SystemExit"), "SystemExit ends the kernel"), (_source(1, "!ls"), "shell command"),
-    (_source(1, "x = !ls"), "shell command"), (_source(1, "import os; os.system('false')"), "shell command"),
-    (_source(1, "%%bash\nfalse"), "%bash runs a shell command"), (_source(1, "%pip install x"), "%pip runs a shell"),
+    (_source(1, "import sys; sys.exit(0)"), "ends the kernel"), (_source(1, "!ls"), "shell command"),
+    (_source(1, "%%bash\nfalse"), "%bash runs a shell command"),
     (_source(1, "def f(:"), "does not parse"),
     (lambda n, c: n.cells[2].update(source="## Steps\nThe error is 0.7312."), "prose says 0.7312"),
     (lambda n, c: n.metadata.kernelspec.update(name="mine"), "kernel is not python3"),
@@ -277,18 +268,13 @@ def test_each_rule_can_fail(good, change, message):
     assert re.search(message, break_it(good, change))
 
 
-def nbval(folder: Path) -> subprocess.CompletedProcess:
-    shutil.copy(FOLDER / "conftest.py", folder)
-    (folder / "pytest.ini").write_text("[pytest]\n")
+def test_comparison_passes_and_one_corrupted_line_fails_it(good):
+    bad = shutil.copy(good, good.with_stem("06_bad"))
+    break_it(bad, _printed("[ok] C12", "[ok] C21"))
+    shutil.copy(FOLDER / "conftest.py", good.parent)
+    (good.parent / "pytest.ini").write_text("[pytest]\n")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--nbval", "--nbval-current-env",
                "--nbval-cell-timeout=60", "."]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True)
-
-
-def test_comparison_passes_and_one_corrupted_line_fails_it(good):
-    done = nbval(good.parent)
-    assert done.returncode == 0 and "3 passed" in done.stdout, done.stdout[-3000:]
-
-    break_it(good, _printed("[ok] C12", "[ok] C21"))
-    done = nbval(good.parent)
-    assert done.returncode == 1 and "1 failed, 2 passed" in done.stdout, done.stdout[-3000:]
+    done = subprocess.run(command, cwd=good.parent, capture_output=True, text=True)
+    assert done.returncode == 1 and "1 failed, 5 passed" in done.stdout, done.stdout[-3000:]
+    assert re.search(r"^FAILED .*06_bad", done.stdout, re.M)

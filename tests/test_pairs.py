@@ -1,4 +1,4 @@
-"""Preference pairs and rows to be scored: every format, cleaning with counts, decontamination, splitting, failures."""
+"""Preference pairs, rows to be scored and benchmarks: formats, cleaning with counts, decontamination, splitting."""
 
 import gzip
 import json
@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pandas as pd
 import pytest
 
+from sarmlib.data.benchmarks import load_rewardbench2, load_rm_bench
 from sarmlib.data.pairs import (
     drop_contaminated,
     drop_identical,
@@ -33,9 +34,10 @@ FORMATS = {
            "rejected": "\n\nHuman: Name a prime.\n\nAssistant: Eight."},
     "rmb": {"conversation_input": [{**USER, "language": "English"}], "pair_uid": "3",
             "chosen": {"llm_name": "A", "answer": "Seven."}, "reject": {"llm_name": "B", "answer": "Eight."}},
-    "own": {"id": "toy:1", "prompt": [USER], "chosen": "Seven.", "rejected": "Eight."},
     "table": {**CHAT, "conversation_input": None, "prompt": None},
 }
+RB2 = {"id": 1, "prompt": "q", "chosen": ["a"], "rejected": ["b", "c", "d"], "subset": "Math", "models": ["m"]}
+RMB = {"id": 1, "prompt": "q", "chosen": ["a", "b", "c"], "rejected": ["d", "e", "f"], "domain": "code"}
 
 
 def pair(prompt, i=0, chosen="yes", rejected="no"):
@@ -77,22 +79,6 @@ def test_unwanted_pairs_are_dropped_counted_and_told():
         load_pairs(rows[1:2])
 
 
-@pytest.mark.parametrize(("bad", "words"), [
-    ({"prompt": "q", "chosen": ["a"], "rejected": "b"}, ["'chosen'", "turn 0"]),
-    ({"prompt": [], "chosen": "a", "rejected": "b"}, ["not a preference pair", "prompt, chosen"]),
-    ({"prompt": CHAT["chosen"], "chosen": "a", "rejected": "b"}, ["user turn"]),
-    ({"chosen": [{"role": "robot", "content": "x"}], "rejected": [USER]}, ["'chosen'", "turn 0", "robot"]),
-    ({"conversation_input": [USER], "chosen": {"answer": "a"}, "reject": {}}, ["'rejected'", "None"]),
-    ({"prompt": "q", "chosen": "half \ud83d", "rejected": "b"}, ["lone surrogate"]),
-    ("just text", ["str"])])
-def test_bad_rows_name_file_row_and_field(tmp_path, bad, words):
-    path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps(FORMATS["texts"]) + "\n" + json.dumps(bad) + "\n")
-    with pytest.raises(DataError) as error:
-        load_pairs(path)
-    assert all(word in str(error.value) for word in ["pairs.jsonl, row 2", *words])
-
-
 def test_files_of_every_kind_and_a_folder_of_them(tmp_path):
     rows = [FORMATS["texts"], {"prompt": "Ünï\u2028code?", "chosen": "2026-01-01", "rejected": "7"}]
     lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
@@ -106,19 +92,6 @@ def test_files_of_every_kind_and_a_folder_of_them(tmp_path):
     assert pairs[3]["id"] == f"{tmp_path.name}/b.jsonl.gz:2"
 
 
-def test_damaged_and_absent_files(tmp_path):
-    whole = gzip.compress(json.dumps(FORMATS["texts"]).encode() * 50)
-    (tmp_path / "cut.jsonl.gz").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "broken.jsonl").write_text(json.dumps(FORMATS["texts"]) + '\n\n{"prompt": "q", "cho')
-    (tmp_path / "empty.jsonl").write_text("")
-    (tmp_path / "x.csv").write_text("a,b")
-    for name, word in {"cut.jsonl.gz": "damaged", "broken.jsonl": "row 2: is damaged, not JSON",
-                       "empty.jsonl": "no usable row", "x.csv": "supported", "absent.jsonl": "no such file"}.items():
-        with pytest.raises(DataError, match=word) as caught:
-            load_pairs(tmp_path / name)
-        assert name in str(caught.value)
-
-
 def test_contaminated_prompts_are_dropped_exactly_and_nearly():
     long = "Please write a short poem about the quiet river that runs behind my grandmother's old wooden house in May"
     benchmark = ["What is  the CAPITAL of France?", long]
@@ -130,7 +103,6 @@ def test_contaminated_prompts_are_dropped_exactly_and_nearly():
     kept = drop_contaminated(pairs, benchmark)
     assert [p["id"] for p in kept] == ["1", "3"]
     assert kept.report.dropped == {"prompt in a benchmark": 2, "prompt nearly in a benchmark": 1}
-    assert (kept.report.read, kept.report.kept) == (5, 2)
 
 
 def test_answers_that_are_the_same_tokens_are_dropped():
@@ -165,31 +137,71 @@ def test_rows_to_score_are_named_conversations():
     assert three.conversations == one.conversations and not three.is_pair
 
 
-@pytest.mark.parametrize(("bad", "words"), [
-    ({"text": "a"}, "has the fields text; needed"), ({"prompt": "q", "responses": []}, "needed"),
-    ({"prompt": "q", "response": 3}, "no text field 'content'"), ({"prompt": 3, "response": "a"}, "'prompt', turn 0"),
-    ({"messages": [USER]}, "last message has role 'user'"), ({"messages": 3}, "'messages', turn 0 is 3")])
-def test_bad_rows_to_score_are_named(bad, words):
-    with pytest.raises(DataError, match=f"rows, row 1: .*{words}"):
-        load_conversations([bad])
-
-
-def test_hub_pairs_need_a_pinned_commit_and_name_what_failed(monkeypatch):
-    with pytest.raises(ConfigError, match="40-digit"):
-        load_pairs("hub:owner/name", revision="main")
-
-    monkeypatch.setattr("sarmlib.data.rows.check_access", Mock())
-    monkeypatch.setattr("datasets.load_dataset", Mock(side_effect=FileNotFoundError("not cached")))
-    for offline, kind in ((True, OfflineError), (False, DataError)):
-        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
-        with pytest.raises(kind, match="owner/name.*not cached.*pass the file"):
-            load_pairs("hub:owner/name", revision="b" * 40)
-
-
 @pytest.mark.parametrize(("name", "kept", "read"), [
-    ("hh_rlhf/harmless-base.test.jsonl.gz", 2308, 2312), ("hh_rlhf/helpful-base.test.jsonl.gz", 2348, 2354),
     ("hh_rlhf/helpful-online.test.jsonl.gz", 1130, 1137), ("rmb/Pairwise_set.Helpfulness.jsonl.gz", 8444, 8456)])
 def test_real_files(name, kept, read):
     pairs = load_pairs(shared_path(f"data/real/{name}"))
     assert (len(pairs), pairs.report.read) == (kept, read)
     assert sum(pairs.report.dropped.values()) == read - kept and len({p["id"] for p in pairs}) == kept
+
+
+BAD = [
+    (load_pairs, FORMATS["texts"], {"prompt": [], "chosen": "a", "rejected": "b"}, "not a preference pair.*prompt"),
+    (load_pairs, FORMATS["texts"], {"prompt": CHAT["chosen"], "chosen": "a", "rejected": "b"}, "user turn"),
+    (load_pairs, FORMATS["texts"], {"chosen": [{"role": "robot", "content": "x"}], "rejected": [USER]},
+     "'chosen', turn 0 .*robot"),
+    (load_pairs, FORMATS["texts"], {"conversation_input": [USER], "chosen": {"answer": "a"}, "reject": {}},
+     "'rejected', turn 0 .*None"),
+    (load_pairs, FORMATS["texts"], "just text", "str"),
+    (load_conversations, FORMATS["texts"], {"prompt": "q", "responses": []}, "the fields prompt, responses; needed"),
+    (load_conversations, FORMATS["texts"], {"prompt": "q", "response": 3}, "no text field 'content'"),
+    (load_conversations, FORMATS["texts"], {"prompt": 3, "response": "a"}, "'prompt', turn 0"),
+    (load_conversations, FORMATS["texts"], {"messages": [USER]}, "last message has role 'user'"),
+    *((load_rewardbench2, RB2, {**RB2, field: value}, f"field '{field}'") for field, value in (
+        ("prompt", ""), ("chosen", "a"), ("chosen", []), ("rejected", ["b", 3]), ("num_correct", 2), ("subset", 4),
+        ("id", None))),
+    (load_rewardbench2, RB2, {**RB2, "subset": "Ties", "id": "17"}, "field 'id'"),
+    *((load_rm_bench, RMB, {**RMB, field: value}, f"field '{field}'") for field, value in (
+        ("chosen", ["a", "b"]), ("domain", 3), ("domain", None)))]
+
+
+@pytest.mark.parametrize(("load", "good", "bad", "words"), BAD)
+def test_bad_rows_name_file_row_and_field(tmp_path, load, good, bad, words):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
+    with pytest.raises(DataError, match=rf"rows\.jsonl, row 2: .*{words}"):
+        load(path)
+
+
+def test_rewardbench2_rows_are_completed_and_kept_whole(tmp_path):
+    expected = {**RB2, "id": "1", "num_correct": 1}
+    (tmp_path / "a.json").write_text(json.dumps([RB2]))
+    for source in (tmp_path / "a.json", [RB2], [expected]):
+        assert list(load_rewardbench2(source)) == [expected]
+
+
+def test_rm_bench_domain_comes_from_row_or_file_name(tmp_path):
+    bare = {**RMB, "domain": None}
+    for name, rows in {"chat_filtered": [bare], "safety-refuse_filtered": [bare, {**bare, "id": 2}]}.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    assert [r["domain"] for r in load_rm_bench(tmp_path)] == ["chat", "safety-refuse", "safety-refuse"]
+    (tmp_path / "total_dataset.json").write_text(json.dumps([{**RMB, "domain": "math"}]))
+    assert [r["domain"] for r in load_rm_bench(tmp_path)] == ["math"]
+
+
+def test_hub_commits_are_pinned(monkeypatch):
+    ask = Mock(side_effect=OfflineError("gone"))
+    with monkeypatch.context() as patched, pytest.raises(OfflineError, match="gone"):
+        patched.setattr("sarmlib.data.rows.check_access", ask)
+        load_rewardbench2()
+    ask.assert_called_once_with(
+        "allenai/reward-bench-2", "7ff08853b0d5686e79b13fda8677024f566a104a", repo_type="dataset")
+    with pytest.raises(ConfigError, match="RM-Bench"):
+        load_rm_bench("hub:THU-KEG/RM-Bench")
+
+
+def test_real_benchmark_files():
+    assert len(load_rewardbench2(shared_path("data/real/rewardbench2_safety/best_of_4.jsonl"))) == 450
+    domains = [row["domain"] for row in load_rm_bench(shared_path("data/real/rm_bench"))]
+    assert {d: domains.count(d) for d in set(domains)} == {"chat": 129, "code": 228, "safety-refuse": 284,
+                                                           "safety-response": 157}

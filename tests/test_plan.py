@@ -1,7 +1,5 @@
 """Plans are arithmetic on shapes: the paper's sizes come out, and costs move as they must."""
 
-from __future__ import annotations
-
 import pytest
 
 from sarmlib.errors import ConfigError

@@ -55,7 +55,7 @@ SCORE = np.mean([(1 / 2 + 1.5 / 3) / 2, (1 + 2 / 3) / 2])
 def hand_made(**variants):
     """A run of two seeds whose RewardBench 2 rows are given by hand."""
     seeds = tuple(range(len(next(iter(variants.values())))))
-    rows = {**variants, "no_pairs": B}
+    rows = {"no_pairs": B * len(seeds), **variants}
     return SimpleNamespace(profile=SimpleNamespace(seeds=seeds, seed=0, variants=tuple(variants)),
                            scored=lambda variant, seed: Scored(rows[variant][seed], [], pd.DataFrame(), None),
                            benchmark_rows=lambda: {"rewardbench2": A[0], "rm_bench": []})
@@ -113,13 +113,16 @@ def test_score_table_is_the_benchmarks_own_scorers(run):
 def test_the_share_of_the_reward_under_reliable_labels(run, monkeypatch):
     features = [3, 5]
     table = pd.DataFrame({"feature": features, "reliable": [True, False], "auroc_matched": [0.6, 0.9],
-                          "null_95": [0.7, 0.7]})
+                          "null_95": [0.7, 0.7], "auroc": [0.9, 0.8], "lift": [0.1, -0.1],
+                          "auroc_other_label": [0.75, 0.95]})
     monkeypatch.setattr(Run, "label_table", lambda self, seed: table)
     z = run.scored("sarm", 0).part("rm_bench")[1].toarray()
     parts = np.abs(z * run.head("sarm", 0))
     found = results.attributed(run).iloc[0]
     assert found.share == pytest.approx(parts[:, 3].sum() / parts.sum()) and found.share_harder == 0
     assert found.top == pytest.approx((parts.argmax(axis=1) == 3).mean()) and found.alive == (z != 0).any(axis=0).sum()
+    control = results.attributed(run, others=True).iloc[0]
+    assert (control.reliable, control.share_harder) == (1, pytest.approx(parts[:, 5].sum() / parts.sum()))
 
 
 def test_tables_hold_every_variant(run):
@@ -180,8 +183,36 @@ def test_cases_have_the_signs_of_their_side():
     stub = SimpleNamespace(label_table=lambda seed: labels)
     found = results.case_studies(stub, 0)[["side", "feature"]].values.tolist()
     assert found == [["positive", 4], ["positive", 2], ["positive", 0], ["negative", 1]]
-    assert results.label_score(stub, 0) == pytest.approx(0.9)
-    assert results.label_score(stub, 0, "auroc_other_label") == 0.5
+
+
+def test_what_the_paper_says_of_size_geometry_and_meaning_can_fail(run):
+    assert results.size_ratio(run) < results.size_ratio(run, layer=run.shape["n_layers"])
+    few = results.column_overlap(run, 0)
+    assert 0 < few < 0.5 < results.column_overlap(run, 0, common=3.0)
+    units, z = run.scored("sarm", 0).part("rm_bench")
+    safety, fires = units.domain.str.startswith("safety").to_numpy(), z[:, [3]].toarray()[:, 0] != 0
+    assert results.safety_rate(run, 0, 3) == pytest.approx(fires[safety].mean() - fires[~safety].mean())
+    assert abs(results.safety_rate(run, 0)) <= 1
+
+
+def test_an_interval_of_factors_stays_positive():
+    found = results.log_interval([0.75, 1.18, 2.13])
+    assert found.low > 0 and found.estimate == pytest.approx((0.75 * 1.18 * 2.13) ** (1 / 3))
+    assert results.log_interval([-1.0, 1.0]) == results.seed_interval([-1.0, 1.0])
+    assert results.log_interval([2.0]) is None
+
+
+def test_no_superiority_claim_passes_where_sarm_is_a_random_encoder(monkeypatch):
+    rng, seeds = np.random.default_rng(0), (0, 1, 2)
+
+    def rows(seed):
+        return [best_of(("Safety", "Focus")[i % 2], i, *rng.normal(size=4)) for i in range(200)]
+
+    same = {name: [rows(seed) for seed in seeds] for name in ("sarm", "random_encoder", "token_sae", "scalar_full")}
+    stub = hand_made(**same)
+    for other in ("random_encoder", "token_sae", "scalar_full"):
+        assert verdict(results.difference(stub, "sarm", other)) != "holds"
+    assert verdict(results.null_difference(stub)) != "holds"
 
 
 def test_concepts_are_those_of_the_rows(run):
@@ -228,8 +259,9 @@ def test_prompts_that_rewardbench2_asks_too_choose_nothing(run, monkeypatch):
 
 def test_closed_form_is_what_the_edited_model_says(run, one):
     found = results.steered_forward(run, one)
-    assert found["closed_form_error"] < 1e-5 and found["inactive_change"] < 1e-5
-    assert results.steered_forward(run, one, add=0.5)["inactive_change"] == pytest.approx(0.5, abs=1e-4)
+    assert found["closed_form_error"] < 1e-5 and found["inactive_change"] < 1e-5 and found["activation_change"] == 0
+    broken = results.steered_forward(run, one, encoder=True)
+    assert broken["inactive_change"] > 1e-4 and broken["activation_change"] > 1e-4
 
 
 def test_shifts_by_hand(run):
@@ -238,6 +270,10 @@ def test_shifts_by_hand(run):
     change = 2.0 * run.head("sarm", 1)[one.feature] * z / one.analysis.rewards.std()
     assert one.shifts(3.0) == pytest.approx((change[one.target].mean(), change[~one.target].mean()))
     assert one.shifts(factor=1.0) == (0, 0)
+    change = (one.factor - 1) / 2 * change
+    assert one.moved_elsewhere() == pytest.approx(np.abs(change[~one.target]).mean())
+    assert one.moved_elsewhere(every_weight=True) > one.moved_elsewhere()
+    assert one.changed_choices(factor=1.0) == 0 and 0 <= one.changed_choices(factor=1e6) <= 1
     row = results.steering_table(run).set_index("seed").loc[1]
     assert row.feature == one.feature and (row.shift_T, row.shift_C) == pytest.approx(one.shifts())
     assert row.active_T == pytest.approx((z[one.target] != 0).mean())

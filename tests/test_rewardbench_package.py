@@ -35,47 +35,26 @@ def save_tokenizer(tokenizer, folder):
     return folder
 
 
-
-@pytest.fixture(scope="module")
-def models():
-    """The toy SARM with scaled rope, one without TopK and with signed values, one of another family."""
-    return [tiny_sarm(FAMILIES["llama"]()), tiny_sarm(topk=False, relu=False, encoder_bias=True),
-            tiny_sarm(FAMILIES["qwen3"]())]
-
-
-@pytest.fixture(scope="module")
-def found(models, tmp_path_factory):
-    python = os.environ.get("SARMLIB_OTHER_PYTHON")
-    if not python:
+def test_another_transformers_and_the_pipeline_of_rewardbench_give_the_same_rewards(tmp_path):
+    """Of the toy SARM with scaled rope, of one without TopK and with signed values, and of another family."""
+    if not (python := os.environ.get("SARMLIB_OTHER_PYTHON")):
         pytest.skip("SARMLIB_OTHER_PYTHON names no interpreter with another transformers")
-    folder, tokenizer = tmp_path_factory.mktemp("saved"), bos_tokenizer()
-    for number, model in enumerate(models):
-        save_tokenizer(tokenizer, export_with_code(model, folder / str(number)))
-    ids, mask = padded(ROWS, "left")
+    models = [tiny_sarm(FAMILIES["llama"]()), tiny_sarm(topk=False, relu=False, encoder_bias=True),
+              tiny_sarm(FAMILIES["qwen3"]())]
+    tokenizer, (ids, mask) = bos_tokenizer(), padded(ROWS, "left")  # a second BOS: the pipeline masks the first
     texts = [tokenizer.apply_chat_template(talk, tokenize=False) for talk in TALKS]
-    asked = {"folders": [str(folder / str(i)) for i in range(len(models))], "ids": ids.tolist(), "mask": mask.tolist(),
-             "texts": texts}
+    assert len({len(one) for one in encode_conversations(tokenizer, TALKS)}) > 1  # so the pipeline pads
+    folders = [str(save_tokenizer(tokenizer, export_with_code(model, tmp_path / str(number))))
+               for number, model in enumerate(models)]
+    asked = {"folders": folders, "ids": ids.tolist(), "mask": mask.tolist(), "texts": texts}
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run([python, str(ROOT / "tests" / "other_transformers.py"), json.dumps(asked)], text=True,
-                          capture_output=True, cwd=folder, env=env | {"HF_MODULES_CACHE": str(folder / "cache")})
+                          capture_output=True, cwd=tmp_path, env=env | {"HF_MODULES_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def test_other_transformers_give_the_same_rewards(models, found):
-    assert not found["sarmlib"]
-    for model, rewards in zip(models, found["rewards"], strict=True):
-        with torch.no_grad():
-            ours = model(*padded(ROWS, "left")).logits[:, 0].numpy()
-        np.testing.assert_allclose(rewards, ours, atol=1e-6 * (1 + abs(ours).max()), rtol=0)
-
-
-def test_the_pipeline_of_rewardbench_gives_the_same_rewards(models, found):
-    if not found["pipeline"]:
-        pytest.skip("that environment has no rewardbench")
-    tokenizer = bos_tokenizer()  # adds a BOS to the template's: the pipeline masks the first
-    assert tokenizer(tokenizer.apply_chat_template(TALKS[0], tokenize=False))["input_ids"][:2] == [2, 2]
-    assert len({len(ids) for ids in encode_conversations(tokenizer, TALKS)}) > 1  # so the pipeline pads
-    for model, rewards in zip(models, found["pipeline"], strict=True):
-        ours = score(model, tokenizer, TALKS).rewards
-        np.testing.assert_allclose(rewards, ours, atol=1e-6 * (1 + abs(ours).max()), rtol=0)
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    with torch.no_grad():
+        ours = [model(ids, mask).logits[:, 0].numpy() for model in models]
+    piped = [score(model, tokenizer, TALKS).rewards for model in models] if found["pipeline"] else []
+    assert not found["sarmlib"] and len(found["rewards"]) == 3
+    for wanted, got in zip([*ours, *piped], [*found["rewards"], *found["pipeline"]], strict=True):
+        np.testing.assert_allclose(got, wanted, atol=1e-6 * (1 + abs(wanted).max()), rtol=0)

@@ -1,7 +1,5 @@
 """The runner: papermill's silent failures are found, unchanged notebooks stay, failed ones are kept."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys
@@ -12,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sarmlib import jobs, runner
+from sarmlib import runner
 from sarmlib.errors import ConfigError, SarmlibError
 from sarmlib.runner import run_notebooks
 
@@ -45,8 +43,9 @@ def test_unknown_names_and_notebooks_without_the_parameter_are_refused_before_a_
 
 
 GOOD = """
-import json, os, sys
+import json, os, sys, time
 from sarmlib.store import default_root
+time.sleep(1)
 root = default_root(profile)
 (root / "seen.json").write_text(json.dumps([profile, sys.executable, os.getcwd()]))
 (root / "results").mkdir(exist_ok=True)
@@ -54,13 +53,18 @@ root = default_root(profile)
 """
 
 
-def test_run_then_unchanged_then_run_again_when_something_changed(tmp_path, monkeypatch):
+def test_two_processes_run_a_notebook_once_and_it_runs_again_when_something_changed(tmp_path, monkeypatch):
     path = notebook(tmp_path / "nb" / "01_a.ipynb", GOOD, parameters='profile = "none"')
     (library := tmp_path / "lib").mkdir()
+    code = ("import sys; from sarmlib.runner import run_notebooks\n"
+            "print(run_notebooks('toy', folder=sys.argv[1], runs=sys.argv[2], progress=False)[0].status)")
+    both = [subprocess.Popen([sys.executable, "-c", code, path.parent, tmp_path / "runs"], text=True,
+                             cwd=runner.PACKAGE.parent, stdout=subprocess.PIPE) for _ in range(2)]
+    assert sorted(one.communicate(timeout=120)[0].strip() for one in both) == ["ran", "unchanged"]
     arguments = {"folder": path.parent, "runs": tmp_path / "runs", "progress": False}
     first, = run_notebooks("toy", **arguments)
     root = tmp_path / "runs" / "toy"
-    assert first.status == "ran" and Path(first.output).exists()
+    assert first.status == "unchanged" and Path(first.output).exists()
     # the profile's name, this very interpreter, the notebook's own folder
     assert json.loads((root / "seen.json").read_text()) == ["toy", sys.executable, str(path.parent)]
 
@@ -115,15 +119,6 @@ def test_refresh_writes_outputs_and_counts_but_no_timings_paths_or_progress(tmp_
     assert [p.name for p in path.parent.iterdir() if p.suffix != ".ipynb"] == []
 
 
-def test_two_processes_that_run_one_notebook_run_it_once(tmp_path):
-    notebook(tmp_path / "00_x.ipynb", "import time; time.sleep(1)")
-    code = ("import sys; from sarmlib.runner import run_notebooks\n"
-            "print(run_notebooks('toy', folder=sys.argv[1], runs=sys.argv[2], progress=False)[0].status)")
-    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path, tmp_path / "runs"], text=True,
-                             cwd=runner.PACKAGE.parent, stdout=subprocess.PIPE) for _ in range(2)]
-    assert sorted(one.communicate(timeout=120)[0].strip() for one in both) == ["ran", "unchanged"]
-
-
 def test_the_line_says_where_a_run_is_and_how_long_it_has_taken():
     line = runner._Line("01_a (1 of 5)", time.perf_counter() - 151, True)
     line.cells = 22
@@ -135,10 +130,3 @@ def test_the_line_says_where_a_run_is_and_how_long_it_has_taken():
     assert "jobs done" in str(line)
     line.begin()
     assert str(line) == "01_a (1 of 5), 02:31, cell 2 of 22"
-
-
-def test_the_time_to_go_is_guessed_once_each_stage_has_finished_a_job():
-    todo, seconds = [("sae", 1), ("sae", 2), ("scores", 1)], {("sae", 0): 60.0}
-    assert jobs._left(todo, seconds, {}, workers=2) == ""
-    assert jobs._left(todo, {**seconds, ("scores", 0): 20.0}, {}, workers=2) == ", about 01:10 to go"
-    assert jobs._left([], seconds, {}, workers=2) == ""

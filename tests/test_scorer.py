@@ -1,7 +1,5 @@
 """The one scoring loop: order, invariance, shared prefixes on every family, official texts, resumption, loading."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import random
@@ -18,7 +16,6 @@ from sarmlib.chat import encode_conversations
 from sarmlib.errors import ArtifactError, ConfigError, DataError, ModelError
 from sarmlib.evaluation import scorer as S
 from sarmlib.evaluation.scorer import answers, can_share, evaluate, pack, prepared, score, score_ids, score_rows
-from sarmlib.extractor import position_rule
 from sarmlib.sarm.model import ScalarRewardConfig, ScalarRewardModel
 from tests.tiny import VOCAB, conversation, tiny_config, tiny_sarm, tiny_tokenizer, words
 
@@ -109,6 +106,10 @@ def test_long_conversations_keep_their_end_and_nothing_to_score_is_fine(setup):
     assert model.training and empty.rewards.shape == (0,) and empty.features.shape == (0, 64)
     assert empty.states.shape == (0, 32) and score_rows(model, tokenizer, [])[0] == []
     model.eval()
+    rows = [{"prompt": "w3", "chosen": ["w4"], "rejected": ["w5", "w6 w7"]},
+            {"prompt": "w9", "chosen": ["w10", "w11"], "rejected": ["w12"]}]
+    groups, scores = score_rows(model, tokenizer, rows)
+    assert groups == [scores.rewards[:3].tolist(), scores.rewards[3:].tolist()]
 
 
 def test_what_cannot_be_scored_is_refused(setup):
@@ -127,29 +128,11 @@ def test_what_cannot_be_scored_is_refused(setup):
         score(broken, tokenizer, talks)
 
 
-def test_rows_are_unrolled_chosen_first(setup):
-    model, tokenizer, _ = setup
-    rows = [{"id": "7", "prompt": "w3", "chosen": ["w4"], "rejected": ["w5", "w6 w7", "w8"]},
-            {"id": "ref:1", "prompt": "w9", "chosen": ["w10", "w11"], "rejected": ["w12"]}]
-    groups, scores = score_rows(model, tokenizer, rows, features=True)
-    direct = score(model, tokenizer, [conversation("w9", "w11"), conversation("w3", "w6 w7")]).rewards
-    assert [groups[1][1], groups[0][2]] == pytest.approx(direct.tolist(), abs=1e-5)
-    assert [len(group) for group in groups] == [4, 3] and scores.features.shape == (7, 64)
-
-
-def test_codes_at_every_sentence_end(setup):
+def test_codes_at_sentence_ends_are_in_reading_order(setup):
     model, tokenizer, talks = setup
-    codes, owner, place = S.codes_at(model, tokenizer, talks)
-    rule, at = position_rule(tokenizer), 0
-    for number, ids in enumerate(encode_conversations(tokenizer, talks)):
-        batch = torch.tensor([ids])
-        ends = rule(batch, torch.ones_like(batch))[0].nonzero()[:, 0]
-        with torch.no_grad():
-            dense = model.encode(model.model(batch).last_hidden_state[0, ends]).dense().numpy()
-        here = slice(at, at := at + len(ends))
-        assert place[here].tolist() == ends.tolist() and set(owner[here]) == {number}
-        np.testing.assert_allclose(codes[here].toarray(), dense, atol=1e-4)
-    assert at == codes.shape[0] and codes.shape[1] == 64
+    _, owner, place = S.codes_at(model, tokenizer, talks)
+    read = list(zip(owner, place, strict=True))
+    assert read == sorted(read) and set(owner) == set(range(len(talks)))
     last, z = S.codes_at(model, tokenizer, talks, "last")[0], score(model, tokenizer, talks, features=True).features
     np.testing.assert_allclose(last.toarray(), z.toarray(), atol=1e-4)
 
@@ -217,16 +200,6 @@ def test_rows_are_shared_in_bfloat16_and_are_as_near_to_float32_as_plain_ones(ma
     right = score_ids(exact, texts)[0]
     rms = [np.sqrt(np.mean((found - right) ** 2)) for found in (shared, plain)]
     assert 0 < rms[0] <= 1.1 * rms[1] and not np.array_equal(shared, plain)
-
-
-def test_rows_are_shared_only_where_it_costs_less():
-    model = tiny_sarm()  # d = 32: attention weighs as much as the products at 192 tokens
-    long = [[2, *range(10, 13), *([20 + i] * 60), 5] for i in range(3)]
-    assert [len(row.members) for row in pack(model, long)] == [1, 1, 1]  # four common tokens of 65
-    half = [[2, *[9] * 40, *([20 + i] * 5), 5] for i in range(3)]
-    assert pack(model, half) == [([0, 1, 2], 41, 59)]
-    many = pack(model, [[2, *[9] * 40, 20 + i % 60, 5] for i in range(3000)])
-    assert len(many) > 2 and max(row.length for row in many) <= S.LONGEST_ROW
 
 
 def test_models_that_compute_something_else_are_found_by_the_probe():
@@ -403,15 +376,9 @@ def test_a_plain_classifier_and_a_tokenizer_without_template_or_padding_work(tmp
 
 
 CODE = '''
-from dataclasses import dataclass
+from types import SimpleNamespace
 import torch
 from transformers import LlamaModel, LlamaPreTrainedModel
-from transformers.utils import ModelOutput
-
-@dataclass
-class CustomOutput(ModelOutput):
-    score: torch.Tensor = None
-    logits: torch.Tensor = None
 
 class Gated(LlamaPreTrainedModel):
     def __init__(self, config):
@@ -424,7 +391,7 @@ class Gated(LlamaPreTrainedModel):
         states = self.model(input_ids, attention_mask=attention_mask).last_hidden_state
         last = (attention_mask * torch.arange(input_ids.shape[1])).argmax(-1)
         rewards = self.heads(states[torch.arange(len(input_ids)), last])
-        return CustomOutput(score=rewards.softmax(-1).square().sum(-1), logits=rewards)
+        return SimpleNamespace(score=rewards.softmax(-1).square().sum(-1), logits=rewards)
 '''
 
 

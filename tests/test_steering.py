@@ -1,11 +1,15 @@
-"""Steering: scores by hand, the closed form against a forward pass, intervals, anybody's score table."""
+"""Steering: scores by hand, the closed form against a forward pass, intervals, anybody's score table; explanations,
+whose contributions sum to the reward exactly."""
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+from transformers import AutoModel
 
 from sarmlib.errors import ConfigError, DataError, ModelError
+from sarmlib.sarm.attribution import explain, explain_pair
+from sarmlib.sarm.model import ScalarRewardModel
 from sarmlib.sarm.steering import (
     SteeringAnalysis,
     best_of_n,
@@ -19,7 +23,7 @@ from sarmlib.sarm.steering import (
     unsteer,
 )
 from tests.planted import GOOD, SORRY, planted_world
-from tests.tiny import tiny_sarm
+from tests.tiny import conversation, tiny_config, tiny_sarm, tiny_tokenizer
 
 # Three pairs, five features: feature 0 prefers chosen, 1 rejected, 2 neutral and strong, 3 rare, 4 dead.
 CHOSEN = np.array([[1.0, 0, 5, 2, 0], [3, 0, 5, 0, 0], [2, 1, 5, 0, 0]])
@@ -44,14 +48,8 @@ def test_the_papers_formula_by_hand(method, expected):
     assert table.loc[table["feature"] == 0, "n_active"].item() == 4 and not table["eligible"].any()
     more = feature_scores(np.tile(CHOSEN, (4, 1)), np.tile(REJECTED, (4, 1)), method)
     assert more["feature"].iloc[-1] == 3 and more["eligible"].tolist() == [True] * 3 + [False]  # rare ones last
-
-
-@pytest.mark.parametrize("arguments, message", [
-    ((CHOSEN, REJECTED, "best"), "method"), ((CHOSEN, REJECTED[:2]), "one row per pair"),
-    ((CHOSEN * 0, REJECTED * 0), "no feature fires")])
-def test_bad_scores_input_is_named(arguments, message):
-    with pytest.raises(DataError, match=message):
-        feature_scores(*arguments)
+    with pytest.raises(DataError, match="no feature fires"):
+        feature_scores(CHOSEN * 0, REJECTED * 0, method)
 
 
 @pytest.fixture(scope="module")
@@ -77,32 +75,16 @@ def test_closed_form_equals_the_forward_pass_of_the_edited_model(sarm):
         np.testing.assert_allclose(analysis.steered(factors), edited, atol=1e-5, rtol=1e-5)
 
 
-def test_the_edit_is_recorded_saved_and_undone_exactly(sarm, tmp_path):
-    original = sarm.score.weight.detach().clone()
-    edited = steer(steer(sarm, {3: 7.0}), {3: 0.0, 5: -2.5})
-    assert torch.equal(sarm.score.weight, original) and not getattr(sarm.config, "sarm_edits", None)
-    assert [(e["feature"], e["factor"]) for e in edited.config.sarm_edits] == [(3, 7.0), (3, 0.0), (5, -2.5)]
-    edited.save_pretrained(tmp_path)
-    loaded = type(sarm).from_pretrained(tmp_path)
-    assert loaded.config.sarm_edits == edited.config.sarm_edits
-    assert torch.equal(loaded.score.weight, edited.score.weight) and loaded.score.weight[0, 3] == 0
-    assert torch.equal(unsteer(loaded).score.weight, original) and unsteer(loaded).config.sarm_edits == []
-
-
-def test_a_head_trained_after_the_edit_or_none_is_refused(sarm):
+def test_bad_edits_and_a_head_trained_after_the_edit_are_refused(sarm):
+    for factors, message in (({64: 2.0}, "0..63"), ({"3": 2.0}, "integer"), ({3: float("nan")}, "finite")):
+        with pytest.raises(ConfigError, match=message):
+            steer(sarm, factors)
     edited = steer(sarm, {3: 7.0})
     edited.score.weight.data[0, 3] += 1
     with pytest.raises(ModelError, match="no longer"):
         unsteer(edited)
     with pytest.raises(ModelError, match="score.weight"):
         steer(torch.nn.Linear(3, 1), {0: 2.0})
-
-
-@pytest.mark.parametrize("factors, message", [
-    ({64: 2.0}, "0..63"), ({-1: 2.0}, "0..63"), ({"3": 2.0}, "integer"), ({3: float("nan")}, "finite")])
-def test_bad_edits_are_named(sarm, factors, message):
-    with pytest.raises(ConfigError, match=message):
-        steer(sarm, factors)
 
 
 def test_shift_table_by_hand():
@@ -147,11 +129,9 @@ GOOD_TABLE = {"reward": [0.0, 1, 2], "reward_steered": [0.0, 5, 2], "active": [F
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"reward": [0.0, 1]}, "one value per response"), ({"reward": 3.0}, "one value per response"),
-    ({"reward_steered": [0.0, np.nan, 2]}, "NaN"), ({"reward": ["0", "one", "2"]}, "are numbers.*one"),
+    ({"reward": [0.0, 1]}, "one value per response"), ({"reward_steered": [0.0, np.nan, 2]}, "NaN"),
+    ({"reward": ["0", "one", "2"]}, "are numbers.*one"),
     ({"active": ["false", "true", "false"]}, "active must be true or false"),
-    ({"is_target": [0, 1, 2]}, "is_target must be true or false"),
-    ({"active": [False, None, False]}, "active must be true or false"),
     ({"active": [False, False, False]}, "although the feature is inactive")])
 def test_bad_tables_are_named(change, message):
     assert len(table_from_scores(**GOOD_TABLE)) == 3
@@ -159,17 +139,13 @@ def test_bad_tables_are_named(change, message):
         table_from_scores(**GOOD_TABLE | change)
 
 
-def test_credits_are_those_of_best_of_n():
+def test_credits_are_those_of_best_of_n_and_rows_follow_the_prompts(world):
     rows = pd.DataFrame({"subset": "s", "chosen": [[0], [0], [0], [0, 1]], "rejected": [[1, 2, 3]] * 3 + [[2, 3]]})
     rewards = np.array([[2.0, 1, 0, 0], [1, 1, 1, 1], [1, 2, 0, 0], [3, 1, 1, 0]])
     assert [row_credits(r, rows)[i] for i, r in enumerate(rewards)] == [1, 0.25, 0, 0.5]
-
-
-def test_rows_follow_the_prompts(world):
     _, index, _ = world
-    rows = rows_from_index(index)
-    assert len(rows) == 240 and rows["chosen"].map(len).eq(1).all() and rows["rejected"].map(len).eq(3).all()
-    first = rows.iloc[0]
+    first = rows_from_index(index).iloc[0]
+    assert (len(first["chosen"]), len(first["rejected"])) == (1, 3)
     assert index["prompt_id"].iloc[[*first["chosen"], *first["rejected"]]].nunique() == 1
     with pytest.raises(DataError, match="both a chosen"):
         rows_from_index(index[index["label"] == "chosen"])
@@ -227,3 +203,74 @@ def test_scores_of_another_model_are_refused(world):
     for feature in (500, -1):
         with pytest.raises(ConfigError, match="outside"):
             analysis.steered({feature: 2.0})
+
+
+# Explanations
+
+TALK = conversation("w5 w6", "w7 w8 w9")
+
+
+@pytest.mark.parametrize("settings", [{}, {"topk": False}, {"relu": False, "encoder_bias": True}])
+def test_every_active_feature_and_the_exact_sum(settings):
+    model, tokenizer = tiny_sarm(**settings), tiny_tokenizer()
+    found = explain(model, tokenizer, TALK)
+    table = found.table
+    assert table["contribution"].sum() == pytest.approx(found.reward, abs=1e-5)
+    assert (table["z"] != 0).all() and table["feature"].is_unique and found.n_active == len(table)
+    assert list(table["w"]) == model.score.weight[0, table["feature"].tolist()].tolist()
+    assert table["contribution"].abs().is_monotonic_decreasing
+    assert found.token == "<eot>" and found.rest == 0
+
+
+def test_an_explanation_reads_well_as_text():
+    found = explain(tiny_sarm(), tiny_tokenizer(), TALK, top=2, labels=dict.fromkeys(range(64), "politeness"))
+    first, header, *rows = str(found).splitlines()
+    assert first == (f"reward {found.reward:+.2f} at token '<eot>' = sum of 4 features "
+                     f"(2 more features: {found.rest:+.2f})")
+    assert header.split() == ["label", "feature", "z", "w", "contribution"]
+    assert found.table["contribution"].sum() + found.rest == pytest.approx(found.reward, abs=1e-5)
+    assert len(rows) == 2 and "politeness" in rows[0] and f"{found.table['z'][0]:+.2f}" in rows[0]
+    same = explain_pair(tiny_sarm(), tiny_tokenizer(), "w5", "w6", "w6")  # every feature pays nothing
+    assert str(same).startswith("margin +0.00 at token") and len(same.table) == 4 and "contribution +" not in str(same)
+    assert str(same).endswith("= sum of 4 features (4 of them adding 0)")
+    bare, = {str(explain(tiny_sarm(), tiny_tokenizer(), TALK, labels=none)) for none in (None, {})}
+    assert bare.splitlines()[1].split() == ["feature", "z", "w", "contribution"]  # no column without words
+    assert (found.prompt, found.answers, same.answers) == ("w5 w6", ("w7 w8 w9",), ("w6", "w6"))
+    assert explain(tiny_sarm(), tiny_tokenizer(), TALK[1:]).prompt == ""
+
+
+def test_pair_differences_sum_to_the_margin():
+    model, tokenizer = tiny_sarm(), tiny_tokenizer()
+    found = explain_pair(model, tokenizer, "w5 w6", "w7 w8", "")
+    one, other = (explain(model, tokenizer, conversation("w5 w6", answer)) for answer in ("w7 w8", ""))
+    assert found.reward == pytest.approx(one.reward - other.reward, abs=1e-5)
+    assert found.table["contribution"].sum() == pytest.approx(found.reward, abs=1e-5)
+    assert set(found.table["feature"]) == set(one.table["feature"]) | set(other.table["feature"])
+    assert list(found.table) == ["feature", "z_chosen", "z_rejected", "w", "contribution"]
+    assert not found.table.isna().any().any()
+
+
+def test_what_cannot_be_explained_is_refused():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ModelError, match="no sparse features"):
+        explain(ScalarRewardModel.from_backbone(AutoModel.from_config(tiny_config())), tokenizer, TALK)
+    with pytest.raises(DataError, match="top must be"):
+        explain(tiny_sarm(), tokenizer, TALK, top=0)
+    with pytest.raises(DataError, match="role 'user'"):
+        explain(tiny_sarm(), tokenizer, TALK[:1])
+    broken = tiny_sarm()
+    broken.score.weight.data.fill_(float("nan"))
+    with pytest.raises(ModelError, match="finite"):
+        explain(broken, tokenizer, TALK)
+
+
+def test_a_head_that_is_not_linear_is_caught():
+    class Shifted(type(tiny_sarm())):
+        def reward(self, hidden):
+            reward, code = super().reward(hidden)
+            return reward + torch.tensor(0.01), code
+
+    model = tiny_sarm()
+    model.__class__ = Shifted
+    with pytest.raises(ModelError, match="contributions sum"):
+        explain(model, tiny_tokenizer(), TALK)

@@ -16,7 +16,6 @@ from sarmlib.data.toyworld.tokenizer import build_tokenizer
 
 SIGNS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
-SIDES = (None, "pairs", "benchmark", 0.15, 0.6)
 
 
 def core_of(text):
@@ -68,20 +67,6 @@ def judge(prompt, core):
     raise AssertionError(f"no rule for {prompt!r}")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_good_means_good(task):
-    rng = random.Random(task)
-    for number in range(150):
-        problem = make_problem(task, rng, SIDES[number % len(SIDES)])
-        assert problem.good and problem.bad
-        for side, cores in ((True, problem.good), (False, problem.bad)):
-            assert [judge(problem.prompt, core) for core in cores] == [(task, side)] * len(cores)
-        for good in (True, False):
-            answer = problem.answer(good, rng)
-            assert judge(problem.prompt, core_of(answer.text)) == (task, good) and answer.good is good
-            assert answer.refusal == refuses(answer.text)
-
-
 def test_concepts_are_the_truth_about_the_conversation():
     rng = random.Random(2)
     for number in range(900):
@@ -106,16 +91,6 @@ def pairs():
 @pytest.fixture(scope="module")
 def benchmarks():
     return {"rm_bench": datasets.rm_bench(80, 0), "rewardbench2": datasets.rewardbench2(80, 0)}
-
-
-def pair_texts(rows):
-    return [datasets.dialogue(row[side][0]["content"], row[side][1]["content"])
-            for row in rows for side in ("chosen", "rejected")]
-
-
-def benchmark_texts(benchmarks):
-    return [datasets.dialogue(row["prompt"], text) for rows in benchmarks.values() for row in rows
-            for text in row["chosen"] + row["rejected"]]
 
 
 def test_pairs_prefer_the_good_answer_or_the_friendly_one(pairs):
@@ -189,7 +164,10 @@ def tokenizer():
 
 
 def test_no_text_of_the_world_has_an_unknown_word(tokenizer, pairs, benchmarks):
-    texts = [*pair_texts(pairs), *benchmark_texts(benchmarks), *datasets.corpus(1500, "other")]
+    texts = [datasets.dialogue(*(m["content"] for m in row[side])) for row in pairs for side in ("chosen", "rejected")]
+    texts += [datasets.dialogue(row["prompt"], text) for rows in benchmarks.values() for row in rows
+              for text in row["chosen"] + row["rejected"]]
+    texts += datasets.corpus(1500, "other")
     for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
         assert tokenizer.unk_token_id not in ids, text
         assert tokenizer.decode(ids) == text
@@ -201,7 +179,6 @@ def test_chat_template_is_dialogue(tokenizer, pairs):
         assert tokenizer.apply_chat_template(row["chosen"], tokenize=False) == written
         ids, = encode_conversations(tokenizer, [row["chosen"]], 128)
         assert ids == tokenizer.encode(written, add_special_tokens=False)
-        assert ids[0] == tokenizer.bos_token_id and ids[-1] == tokenizer.eos_token_id == 5
     asked = tokenizer.apply_chat_template(pairs[0]["chosen"][:1], tokenize=False, add_generation_prompt=True)
     assert asked.endswith("<eot><assistant>")
 

@@ -1,7 +1,5 @@
 """Tiny random models, tokenizers and pairs for tests; everything is built in memory and deterministic."""
 
-from __future__ import annotations
-
 import random
 
 import torch

@@ -20,8 +20,18 @@ from sarmlib.store import write_atomic
 ROOT = Path(__file__).resolve().parents[1]
 
 
+KINDS = {"evidence": "Evidence: it could have come out otherwise.",
+         "implementation": "What the paper says is done, and here is done.",
+         "construction": "What follows from the equations."}
+
+
 def claims_markdown(table: pd.DataFrame) -> str:
-    """The claims: ours with its interval, the paper's value apart, and the verdict (``claims.verdicts``)."""
+    """The claims by kind: ours with its interval, the paper's value apart, and the verdict (``claims.verdicts``)."""
+    return "\n\n".join(f"{words}\n\n{_claims(table[table.kind == kind])}" for kind, words in KINDS.items()
+                       if (table.kind == kind).any())
+
+
+def _claims(table: pd.DataFrame) -> str:
     lines = ["| | the paper says | measured here | value [95 %] | paper | verdict here |", "|---|---|---|---|---|---|"]
     for row in table.itertuples():
         value = "–" if pd.isna(row.value) else f"{row.value:.3g}"

@@ -13,7 +13,7 @@ from sarmlib.hub import check_access, from_json
 
 ROW_SUFFIXES = (".jsonl", ".json", ".parquet")
 MAX_CHARS = 10_000_000  # of one text
-MAX_LINE, MAX_FILE, MAX_BLANK = 10 * MAX_CHARS, 100 * MAX_CHARS, 100_000  # characters (of JSON), lines in a row
+MAX_READ = 100 * MAX_CHARS  # of a line, or of a .json file; the rest makes it no JSON
 _NOT_DATA = (".", "readme", "license", "licence", "copying", "sources", "notice", "requirements")
 # what gzip, the decoders, JSON and the Parquet reader raise about a damaged file
 _DAMAGED = (OSError, EOFError, ValueError, TypeError, zlib.error, NotImplementedError, LookupError, RecursionError,
@@ -94,11 +94,9 @@ def iter_rows(path: Path) -> Iterator[object]:
         for row in _read(path):
             yield row
             number += 1
-    except DataError:
-        raise
     except _DAMAGED as error:
         raise DataError(f"{path}, row {number}: is damaged, not JSON or not UTF-8 ({error}); fetch it again, or "
-                        "save it as UTF-8") from None
+                        "save it as UTF-8, a row a line") from None
 
 
 def _read(path: Path) -> Iterator[object]:
@@ -107,26 +105,17 @@ def _read(path: Path) -> Iterator[object]:
         yield from datasets.load_dataset("parquet", data_files=escape(str(path)), split="train", streaming=True)
         return
     with open_text(path) as handle:  # parsed here, since a reader of tables makes dates of texts such as "2026-01-01"
-        if kind_of(path) == ".json":
-            yield from from_json(_piece(path, handle.read, MAX_FILE))
-        else:
-            lines = iter(lambda: _piece(path, handle.readline, MAX_LINE), "")
-            yield from map(from_json, filter(str.strip, few_blank(lines, path)))
+        yield from (from_json(handle.read(MAX_READ)) if kind_of(path) == ".json"
+                    else map(from_json, filter(str.strip, lines(handle, MAX_READ))))
 
 
-def _piece(path: Path, read: Callable[[int], str], most: int) -> str:
-    if len(text := read(most + 1)) > most:
-        raise DataError(f"{path} holds more than {most:,} characters in one piece; save it as shorter lines of JSON")
-    return text
-
-
-def few_blank(lines: Iterable[str], path: Path) -> Iterator[str]:
-    """The lines, unless MAX_BLANK in a row are blank: a small compressed file holds gigabytes of them."""
+def lines(handle, longest: int) -> Iterator[str]:
+    """Lines, cut after ``longest`` characters; OSError for white space without end, of which gzip makes little."""
     blank = 0
-    for line in lines:
-        blank = 0 if line.strip() else blank + 1
-        if blank > MAX_BLANK:
-            raise DataError(f"{path} holds more than {MAX_BLANK:,} blank lines in a row; remove them")
+    while line := handle.readline(longest):
+        blank = 0 if line.strip() else blank + len(line)
+        if blank > MAX_CHARS:
+            raise OSError(f"more than {MAX_CHARS:,} blank characters in a row")
         yield line
 
 

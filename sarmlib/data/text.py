@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from sarmlib.data.rows import (ROW_SUFFIXES, Report, checked, data_files, few_blank, hub_rows, iter_rows, kind_of,
-                               open_text)
+from sarmlib.data import rows
+from sarmlib.data.rows import ROW_SUFFIXES, Report, checked, data_files, hub_rows, iter_rows, kind_of, open_text
 from sarmlib.errors import DataError
 
 MAX_CHARS, BUFFER, OPEN_FILES = 100_000, 1000, 64
@@ -62,7 +62,7 @@ def _text_file(path: Path) -> Iterator[str]:
                 raise DataError(f"{path} is not text: it holds NUL bytes; leave it out, or save UTF-16 as UTF-8")
             wiki = " @-@ " in head and any(map(_HEADING.match, head.split("\n")))
             handle.seek(0)
-            for lines in _parts(few_blank(iter(lambda: handle.readline(MAX_CHARS), ""), path), wiki):
+            for lines in _parts(rows.lines(handle, MAX_CHARS), wiki):
                 if wiki:
                     lines = [f"{_running_text(line)}\n" for line in lines if line.strip()]
                 yield "".join(lines).strip()

@@ -1,13 +1,11 @@
 """How sure we are: intervals over prompts and seeds, multiplicity, AUROC, verdicts.
 
 The unit of resampling is the prompt; seeds are the outer level.  Bootstrap: Efron & Tibshirani 1993;
-crossed seeds x prompts: Owen 2007 (variance components).  Equal values tell of no spread: their interval is the whole
-line, which decides nothing.
+crossed seeds x prompts: Owen 2007 (variance components).  Equal values get the whole line, which decides nothing.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,10 +33,10 @@ class Interval(NamedTuple):
 def bootstrap_ci(values, *, strata: Sequence | None = None, n: int = 10_000, shares: bool = True) -> Interval:
     """95 % bootstrap interval (BCa, ``n`` resamples, fixed seed) of the mean of one value per prompt.
 
-    ``strata`` [N] labels: then of the unweighted mean of the stratum means (the benchmarks' totals).  Percentiles
-    where BCa is undefined; the whole line where each stratum's values are equal.  Of zeros and ones that are ``shares``
-    (of differences, others may be -1), when a stratum has fewer than ``FEW`` or each has equal ones: exact (Clopper and
-    Pearson 1934), combined over strata by Zou and Donner 2008.  Raises DataError on NaN and on a stratum of one value.
+    ``strata`` [N] labels: then of the unweighted mean of the stratum means (the benchmarks' totals).  The whole line
+    where each stratum's values are equal.  Of zeros and ones that are ``shares`` (of differences, others may be -1),
+    when a stratum has fewer than ``FEW`` or each has equal ones: exact (Clopper and Pearson 1934), combined over strata
+    by Zou and Donner 2008.  Raises DataError on NaN and on a stratum of one value.
     """
     x = _finite(values, "values")
     index, counts = _strata(strata, len(x))
@@ -52,13 +50,9 @@ def bootstrap_ci(values, *, strata: Sequence | None = None, n: int = 10_000, sha
     def statistic(*parts, axis=-1):
         return np.mean([part.mean(axis) for part in parts], 0)
 
-    with warnings.catch_warnings(action="ignore"):  # where BCa is undefined; the fallback below handles it
-        result = stats.bootstrap(data, statistic, n_resamples=n, vectorized=True, rng=np.random.default_rng(0),
-                                 batch=max(1, 4_000_000 // counts.max()))
-    (low, high), method = result.confidence_interval, "BCa"
-    if not np.isfinite(low + high):
-        (low, high), method = np.quantile(result.bootstrap_distribution, [0.025, 0.975]), "percentile"
-    return Interval(float(statistic(*data)), float(low), float(high), 0.95, method, len(x))
+    low, high = stats.bootstrap(data, statistic, n_resamples=n, vectorized=True, rng=np.random.default_rng(0),
+                                batch=max(1, 4_000_000 // counts.max())).confidence_interval
+    return Interval(float(statistic(*data)), float(low), float(high), 0.95, "BCa", len(x))
 
 
 def _exact(data: list[np.ndarray]) -> Interval:

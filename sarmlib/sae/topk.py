@@ -109,7 +109,8 @@ class TopKSAE(nn.Module):
         centered = x - mean
         # |x - mean| / sqrt(d - 1) is the unbiased std; unlike Tensor.std it is fast and has a gradient at 0
         std = torch.linalg.vector_norm(centered, dim=-1, keepdim=True) / math.sqrt(self.d_model - 1) + STD_EPS
-        return centered / std, mean, std
+        # of a constant state all is zero, its gradient too
+        return centered / std.masked_fill(std == STD_EPS, torch.inf), mean, std
 
     def preactivations(self, x: Tensor) -> Tensor:
         """W_enc (x_norm - b_pre) [+ b_enc] before TopK (eq. 2), of raw input x: [..., d] -> [..., M] (dense)."""

@@ -26,7 +26,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassificati
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import ModelOutput
 
-from sarmlib.backbone import check_cut, load_backbone, n_layers, strip_final_norm
+from sarmlib.backbone import check_cut, check_positions, load_backbone, n_layers, strip_final_norm
 from sarmlib.chat import reward_position
 from sarmlib.errors import ConfigError, DataError, ModelError
 from sarmlib.hub import quiet, weights_from_hub
@@ -66,8 +66,8 @@ class _RewardConfig(PretrainedConfig):
                 kwargs[name] = getattr(backbone_config, name, None)
         if kwargs.get("id2label") is None:
             kwargs.setdefault("num_labels", 1)
-        super().__init__(**kwargs)
         self.backbone_config, self.layer = backbone_config, layer
+        super().__init__(**kwargs)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             given = kwargs.get(name)
             setattr(self, name, getattr(backbone_config, name, None) if given is None else given)
@@ -196,11 +196,12 @@ class _RewardModel(PreTrainedModel):
         """(state of the last attended token [B, d], all that the backbone returned)."""
         if attention_mask is None:
             attention_mask = self._mask_from_ids(input_ids)
-        exporting = torch.compiler.is_exporting()
+        if not (exporting := torch.compiler.is_exporting()):
+            check_positions(self.model, input_ids.shape[-1])
         last, attended = reward_position(attention_mask), attention_mask != 0
         inputs = {"input_ids": input_ids, "use_cache": False}
         asked = {name: getattr(self.config, name) if wanted is None else wanted for name, wanted in asked.items()}
-        inputs |= {name: True for name, wanted in asked.items() if wanted}  # not every family takes each name
+        inputs |= {name: wanted for name, wanted in asked.items() if wanted}  # not every family takes each name
         if exporting or not bool((attended[:, 1:] <= attended[:, :-1]).all()):
             # Padding on the left or in between: mask it, and count positions from the first attended token.
             inputs["attention_mask"] = attention_mask
