@@ -498,9 +498,11 @@ def differences(data: pd.DataFrame, title="SARM against each of the others") -> 
 def claims(verdicts: pd.DataFrame) -> Drawing:
     """Each claim with a value on a scale of its own, by kind; right of the dashed line is for the claim."""
     data = _need(verdicts.dropna(subset=["value"]), "id", "title", "kind", "low", "threshold", "direction", "verdict")
-    data = data.sort_values("kind", ascending=False, key=lambda kind: kind == "evidence", kind="stable")
-    marks, place = _on_one_scale(data), np.arange(len(data))
-    fig, ax = _axes(PAGE, 1.0 + 0.25 * len(data))
+    order = {"evidence": 0, "implementation": 1, "construction": 2}
+    data = data.sort_values("kind", key=lambda kind: kind.map(order), kind="stable")
+    first = (data["kind"] != data["kind"].shift()).to_numpy()  # below a heading
+    marks, place = _on_one_scale(data), np.arange(len(data)) + np.cumsum(first)
+    fig, ax = _axes(PAGE, 1.0 + 0.25 * (place[-1] + 1))
     for word, marker, face, edge in (("holds", "o", BLUE, BLUE), ("does not hold here", "X", RED, RED),
                                      ("undecided", "o", "white", BLUE)):
         mask = data["verdict"] == word
@@ -512,14 +514,16 @@ def claims(verdicts: pd.DataFrame) -> Drawing:
     reach = (marks["band_hi"] - marks["band_lo"]).abs().div(2).clip(lower=0.025)  # a band of one value shows too
     ax.hlines(place, middle - reach, middle + reach, color=SKY, alpha=0.45, lw=10, zorder=1,
               label="band of earlier runs")
-    for y in np.flatnonzero(data["kind"] != data["kind"].shift())[1:]:
-        ax.axhline(y - 0.5, color=DARK, lw=0.6)
-    for y, row in enumerate(data.itertuples()):
+    for y, kind in zip(place[first] - 1, data["kind"][first], strict=True):
+        words = kind if kind == "evidence" else f"by {kind}"
+        ax.text(0.5, y, words, ha="center", va="center", fontsize=SMALL, style="italic")
+    for y, row in zip(place, data.itertuples(), strict=True):
         interval = f" [{row.low:.2g}, {row.high:.2g}]" if row.low < row.high else ""
         ax.text(1.08, y, f"{row.value:.2g}{interval}", va="center", fontsize=SMALL)
-    _rows(ax, data["id"] + "  " + data["title"].map(lambda text: _short(text, 60)), SMALL)
-    ax.set(xlim=(-0.06, 1.06), xticks=[], xlabel="claim holds to the right of the dashed line; above: evidence, below: "
-           "what follows from the equations or the recipe")
+    names = pd.Series("", range(place[-1] + 1))
+    names[place] = (data["id"] + "  " + data["title"].map(lambda text: _short(text, 60))).to_numpy()
+    _rows(ax, names, SMALL)
+    ax.set(xlim=(-0.06, 1.06), xticks=[], xlabel="right of the dashed line: for the claim")
     ax.spines[["left", "bottom"]].set_visible(False)
     return _done(fig, "Every claim, measured", "Verdicts", data["id"], data["verdict"], legend=3)
 

@@ -204,7 +204,7 @@ class Run:
 
         Variant "no_pairs" is the decoder itself, read out by its vocabulary (`evaluation.readout`), for any seed.
         """
-        settings = {"max_length": self.profile.benchmarks.max_length}
+        settings: dict[str, Any] = {"max_length": self.profile.benchmarks.max_length}
         if variant == "no_pairs":
             settings |= {"layer": self.shape["layer"], "dtype": self.profile.dtype, "backbone": self.backbone_key}
             return self._get(_make_no_pairs, (), settings, self.benchmarks())

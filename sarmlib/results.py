@@ -88,7 +88,7 @@ def decoder_norm_drift(run: Run, seed: int) -> float:
 
 def unnormalised_drift(run: Run, seed: int, steps: int = 500) -> float:
     """The same of an SAE whose columns are never brought back, after ``steps`` steps: the control."""
-    shape = {name: run.shape[name] for name in ("d_model", "n_features", "k")}
+    shape: dict[str, Any] = {name: run.shape[name] for name in ("d_model", "n_features", "k")}
     config = SAETrainConfig(lr=run.profile.sae.lr, batch_size=run.profile.sae.batch_size, steps=steps, renorm_every=0,
                             seed=seed)
     return train_sae(run.vectors("sentence_end")["train"], config, **shape, progress=False)[1][-1]["drift"]
@@ -121,8 +121,9 @@ def changed_sae_tensors(run: Run, seed: int, frozen: bool = True) -> int:
     model = run.load_reward("sarm", seed) if frozen else SarmForSequenceClassification.from_backbone_and_sae(
         run.backbone_path, sae, run.shape["layer"], frozen_sae=False, **run.hub)
     if not frozen:
+        spec = run.profile.reward.model_copy(update={"batch_size": 4, "micro_batch_size": None})  # eight steps
         with TemporaryDirectory() as folder:
-            train_reward(run.profile.reward, model, run.tokenizer, {"train": run.pairs(seed)["train"][:32], "eval": []},
+            train_reward(spec, model, run.tokenizer, {"train": run.pairs(seed)["train"][:32], "eval": []},
                          Path(folder), max_length=run.profile.preferences.max_length, seed=seed, device=run.device)
     after = model.sae.state_dict()
     return sum(not tensor.equal(after[name].cpu().to(tensor.dtype)) for name, tensor in sae.state_dict().items())

@@ -44,6 +44,7 @@ def tables():
         ("C3", "exact", 0.0, 0.0, 0.0, 0.0, "<", "undecided", 0.0, 0.0),
         ("C4", "absent", np.nan, np.nan, np.nan, 0.0, "<", "not measured", np.nan, np.nan)],
         columns=["id", "title", "value", "low", "high", "threshold", "direction", "verdict", "band_lo", "band_hi"])
+    verdicts["kind"] = ["evidence", "evidence", "construction", "evidence"]
     probe = pd.DataFrame({"attribute": ["truth", "a much longer attribute name"] * 2,
                           "model": ["pretrained"] * 2 + ["random"] * 2, "auroc": [0.9, 0.95, 0.5, 0.6]})
     parts = pd.DataFrame({"feature": range(20), "contribution": [1.0, -0.4, *[0.05] * 17, 0.0],
@@ -136,7 +137,7 @@ def test_figure3_draws_counts_on_shared_bins_and_a_tick_per_moved_response(table
 
 def test_claims_are_turned_so_that_right_is_for_the_claim(tables):
     axis = figures.claims(tables["verdicts"]).axes[0]
-    holds, fails, _ = (line.get_xdata()[0] for line in axis.lines)
+    holds, fails, *_ = (line.get_xdata()[0] for line in axis.lines)
     thresholds = [path.vertices[0, 0] for path in axis.collections[1].get_paths()]
     assert holds > thresholds[0] and fails < thresholds[1]
 

@@ -80,7 +80,7 @@ def test_the_blind_control_gets_what_guessing_gets():
     assert results.difference(stub, "sarm", "token_sae", blind=True).estimate == pytest.approx(chance)
     table = results.against_chance(stub).set_index("variant")
     assert table.chance.tolist() == pytest.approx([100 * chance] * 3)
-    assert table.verdict["token-level SAE"] == "below chance" and table.high.le(100).all()
+    assert table.verdict["token-level SAE"] == "not told from chance" and table.high.le(100).all()  # of five prompts
 
 
 def test_missing_parts_and_benchmarks_are_named():

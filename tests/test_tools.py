@@ -106,11 +106,13 @@ def test_readme_text_is_replaced_between_its_markers(tmp_path):
 
 def test_the_claims_table_quotes_the_paper_and_keeps_its_value_apart():
     import pandas as pd
-    rows = [{"id": "C1", "sentence": "a | b\nc", "where": "Method", "quantity": "error", "value": 0.04561, "low": 0.04,
-             "high": 0.05, "paper": None, "verdict": "holds"},
-            {"id": "C2", "sentence": "d", "where": "Setup", "quantity": "n", "value": float("nan"),
-             "low": float("nan"), "high": float("nan"), "paper": 0.9, "verdict": "not measured"}]
-    first, second = tables.claims_markdown(pd.DataFrame(rows)).splitlines()[2:]
+    rows = [{"id": "C1", "kind": "evidence", "sentence": "a | b\nc", "where": "Method", "quantity": "error",
+             "value": 0.04561, "low": 0.04, "high": 0.05, "paper": None, "verdict": "holds"},
+            {"id": "C2", "kind": "construction", "sentence": "d", "where": "Setup", "quantity": "n",
+             "value": float("nan"), "low": float("nan"), "high": float("nan"), "paper": 0.9, "verdict": "not measured"}]
+    text = tables.claims_markdown(pd.DataFrame(rows))
+    assert text.index("Evidence: ") < text.index("| C1 |") < text.index("equations.") < text.index("| C2 |")
+    first, second = (line for line in text.splitlines() if line.startswith("| C"))
     assert first == "| C1 | “a \\| b c” (Method) | error | 0.0456 [0.04, 0.05] | – | holds |"
     assert second == "| C2 | “d” (Setup) | n | – | 0.9 | not measured |"
 
