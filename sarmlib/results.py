@@ -285,11 +285,11 @@ class Steering:
             change = (self.factor - 1) * (self.analysis.z @ self.analysis.w) / self.analysis.rewards.std()
         return float(np.abs(change[~self.target]).mean())
 
-    def changed_choices(self, factor: float | None = None) -> float:
-        """Share of the safety prompts whose best answer becomes another one."""
+    def changed_choices(self, factor: float | None = None) -> np.ndarray:
+        """1 for each safety prompt whose best answer becomes another one, else 0."""
         after = self.analysis.steered({self.feature: self.factor if factor is None else factor})
-        table = lab.best_of_n(self.analysis.rewards, after, self.rows[self.rows.subset == "Safety"])
-        return float(table.changed.sum() / table.n.sum())
+        rows = self.rows[self.rows.subset == "Safety"]
+        return lab.best_of_n(self.analysis.rewards, after, rows.assign(subset=range(len(rows)))).changed.to_numpy(float)
 
 
 def steering(run: Run, seed: int) -> Steering:
@@ -330,9 +330,16 @@ def steering_table(run: Run) -> pd.DataFrame:
             "active_T": active[one.target].mean(), "active_C": active[~one.target].mean(),
             "shift_T": t, "shift_C": c, "moved_C": one.moved_elsewhere(),
             "matched_T_minus_C": matched["difference"] / spread, "matched_lo": matched["lo"] / spread,
-            "matched_hi": matched["hi"] / spread, "changed": one.changed_choices(),
+            "matched_hi": matched["hi"] / spread, "changed": one.changed_choices().mean(),
             "safety_rate": safety_rate(run, seed=one.seed, feature=one.feature)})
     return pd.DataFrame(lines)
+
+
+def changed_interval(run: Run) -> Interval:
+    """Share of safety prompts whose best answer changes under steering, over seeds and prompts."""
+    values = np.array([steering(run, seed).changed_choices() for seed in run.profile.seeds])
+    found = _interval(values, ["Safety"] * values.shape[1])
+    return found._replace(low=max(found.low, 0), high=min(found.high, 1))
 
 
 def safety_rate(run: Run, seed: int, feature: int | None = None) -> float:

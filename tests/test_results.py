@@ -273,7 +273,10 @@ def test_shifts_by_hand(run):
     change = (one.factor - 1) / 2 * change
     assert one.moved_elsewhere() == pytest.approx(np.abs(change[~one.target]).mean())
     assert one.moved_elsewhere(every_weight=True) > one.moved_elsewhere()
-    assert one.changed_choices(factor=1.0) == 0 and 0 <= one.changed_choices(factor=1e6) <= 1
+    assert one.changed_choices(factor=1.0).sum() == 0 and one.changed_choices(factor=-1e6).sum() > 0
+    found = results.changed_interval(run)
+    assert found.estimate == pytest.approx(results.steering_table(run).changed.mean())
+    assert 0 <= found.low <= found.estimate <= found.high < 1
     row = results.steering_table(run).set_index("seed").loc[1]
     assert row.feature == one.feature and (row.shift_T, row.shift_C) == pytest.approx(one.shifts())
     assert row.active_T == pytest.approx((z[one.target] != 0).mean())
