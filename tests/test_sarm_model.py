@@ -118,6 +118,7 @@ def test_the_encoder_stays_in_float32_beside_a_decoder_in_bfloat16(tmp_path):
     model.save_pretrained(tmp_path / "sarm")
     half = SarmForSequenceClassification.from_pretrained(tmp_path / "sarm", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.sae_hash() == model.sae_hash()
+    assert half.score.weight.dtype == torch.float32 and half.score.weight.equal(model.score.weight)
     AutoModel.from_config(tiny_config()).save_pretrained(tmp_path / "base")
     fresh = SarmForSequenceClassification.from_backbone_and_sae(tmp_path / "base", model.sae, 1, dtype=torch.bfloat16)
     assert fresh.dtype == torch.bfloat16 and fresh.sae.W_enc.dtype == torch.float32

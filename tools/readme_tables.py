@@ -38,8 +38,8 @@ def _claims(table: pd.DataFrame) -> str:
         if not pd.isna(row.low) and row.low != row.high:
             value += f" [{row.low:.3g}, {row.high:.3g}]"
         paper = "–" if pd.isna(row.paper) else row.paper
-        said = " ".join(str(row.sentence).replace("|", "\\|").split())
-        lines.append(f"| {row.id} | “{said}” ({row.where}) | {row.quantity} | {value} | {paper} | {row.verdict} |")
+        said, what = (" ".join(str(text).replace("|", "\\|").split()) for text in (row.sentence, row.quantity))
+        lines.append(f"| {row.id} | “{said}” ({row.where}) | {what} | {value} | {paper} | {row.verdict} |")
     return "\n".join(lines)
 
 

@@ -148,7 +148,8 @@ class _RewardModel(PreTrainedModel):
         """A model before training: a given decoder, and the head at zero."""
         with torch.device("meta"):
             model = cls(config)
-        weight = torch.zeros(1, model.score.in_features, device=backbone.device, dtype=backbone.dtype)
+        dtype = torch.float32 if cls._keep_in_fp32_modules_strict else backbone.dtype
+        weight = torch.zeros(1, model.score.in_features, device=backbone.device, dtype=dtype)
         model.model, model.score.weight = backbone, nn.Parameter(weight)
         return model.eval()
 
@@ -223,10 +224,13 @@ class _RewardModel(PreTrainedModel):
 
 
 class SarmForSequenceClassification(_RewardModel):
-    """SARM (eqs. 6, 7, 9): ``model`` (decoder, no final norm), ``sae`` (float32 `TopKSAE`), ``score`` [1, M]."""
+    """SARM (eqs. 6, 7, 9): ``model`` (decoder, no final norm), ``sae`` (`TopKSAE`), ``score`` [1, M].
+
+    Encoder and head are float32 whatever the decoder is, so that a reward is the sum of the parts that are shown.
+    """
 
     config_class = SarmConfig
-    _keep_in_fp32_modules_strict = ["sae"]
+    _keep_in_fp32_modules_strict = ["sae", "score"]
 
     def __init__(self, config: SarmConfig):
         super().__init__(config)
