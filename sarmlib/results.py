@@ -394,7 +394,8 @@ def steering_title(run: Run, one: Steering) -> str:
 
 def steered_forward(run: Run, one: Steering, encoder: bool = False) -> dict[str, float]:
     """400 responses scored with and without the edit: largest change of inactive ones, of any activation (relative to
-    the largest one), and distance from the closed form.  ``encoder`` scales the feature's encoder row instead of its weight: the control."""
+    the largest one), and distance from the closed form.  ``encoder`` scales the feature's encoder row instead of its
+    weight: the control."""
     model, factors = run.load_reward("sarm", one.seed), {one.feature: one.factor}
     rows = np.random.default_rng(one.seed).permutation(len(one.units))[:400]
     talks, length = conversations(one.units.iloc[rows]), run.profile.benchmarks.max_length
