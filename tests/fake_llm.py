@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KINDS = ("slow", "429", "500", "malformed", "empty", "cut")
+KINDS = ("slow", "429", "500", "malformed", "empty", "cut", "drip")
 
 
 class FakeLLM:
@@ -81,6 +81,8 @@ class FakeLLM:
             return self.send(request, 200, {"choices": []})
         elif kind == "cut":
             return request.connection.close()
+        elif kind == "drip":  # a byte now and then
+            return self.drip(request)
         text = self.answer(body["messages"])
         reply = {"choices": [{"message": {"content": text}}], "usage": self.usage}
         with self.lock:
@@ -95,3 +97,13 @@ class FakeLLM:
             request.send_header(name, value)
         request.end_headers()
         request.wfile.write(data)
+
+    @staticmethod
+    def drip(request) -> None:
+        request.send_response(200)
+        request.send_header("Content-Length", "1000")
+        request.end_headers()
+        for _ in range(40):
+            request.wfile.write(b" ")
+            request.wfile.flush()
+            time.sleep(0.1)

@@ -301,3 +301,10 @@ def test_dry_run_and_doctor(said, tmp_path, monkeypatch):
     printed = said("doctor")
     assert "cores" in printed and re.search(r"^toy +fits", printed, re.M)
     assert re.search("^local .*DATA=folder", printed, re.M)
+
+
+def test_a_judge_that_may_cost_more_than_its_budget_is_told_before(tmp_path, capsys):
+    most = {"cost": None, "tokens_in": 9, "tokens_out": 1}
+    endpoint = SimpleNamespace(estimate=lambda asked: most, budget=5, spent=0, model="m")
+    cli._judge(endpoint, {}, tmp_path)
+    assert "10 is above --budget 5: it may stop" in capsys.readouterr().out

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -47,6 +48,17 @@ def test_every_trouble_is_survived_and_nothing_is_paid_twice(tmp_path):
         assert sum(server.asked.values()) == before, "the cache was asked, not the server"
         assert one.estimate(questions(61)) | {"tokens_in": 0} == {
             "requests": 1, "cached": 60, "tokens_in": 0, "tokens_out": 512, "cost": None}
+
+
+def test_a_dripping_server_is_left_at_the_deadline_inside_a_running_event_loop():
+    async def inside(one):
+        return one.ask(questions(6))
+
+    with FakeLLM(("drip",)) as server:
+        one, start = endpoint(server, timeout=0.5, retries=0), time.monotonic()
+        answers = asyncio.run(inside(one))
+        assert answers.count(None) > 0 and any(answers)
+        assert time.monotonic() - start < 3, "each read was in time, the whole was not"
 
 
 def test_money_is_counted_and_equal_questions_are_asked_once():
@@ -171,3 +183,12 @@ def test_a_killed_run_asks_nothing_answered_again_and_two_share_a_cache(tmp_path
     assert len(server.answered) == 150 and len(kept) == len(stored)
     assert all(server.answered[question] == answered[question] for question in kept)
     assert all(KEY.encode() not in path.read_bytes() for path in tmp_path.iterdir())
+
+
+def test_an_interrupt_ends_requests_under_way():
+    with FakeLLM(delay=20) as server:
+        one, start = endpoint(server), time.monotonic()
+        threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            one.ask(questions(4))
+        assert time.monotonic() - start < 8
