@@ -349,8 +349,8 @@ def safety_rate(run: Run, seed: int, feature: int | None = None) -> float:
     safety = units.domain.str.startswith("safety").to_numpy()
     if safety.all() or not safety.any():
         return float("nan")
-    usual = run.contexts(seed).features().query("kind == 'usual'").feature
-    fires = z[:, usual if feature is None else [feature]] != 0
+    chosen = run.contexts(seed).features().query("kind == 'usual'").feature if feature is None else [feature]
+    fires = z[:, chosen] != 0
     return float((fires[safety].mean(axis=0) - fires[~safety].mean(axis=0)).mean())
 
 
@@ -527,8 +527,9 @@ def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind:
 
 
 def null_difference(run: Run, benchmark: str = "rewardbench2") -> Interval:
-    """The same between random encoders and those of the next seed, where there is nothing to find: the control."""
-    values, strata = units(run, "random_encoder", benchmark)
+    """The same between models of one kind and those of the next seed, where there is nothing to find: the control."""
+    kind = "random_encoder" if "random_encoder" in run.profile.variants else "sarm"
+    values, strata = units(run, kind, benchmark)
     return _interval(values - np.roll(values, 1, axis=0), strata, shares=False)
 
 

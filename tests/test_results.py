@@ -213,6 +213,7 @@ def test_no_superiority_claim_passes_where_sarm_is_a_random_encoder(monkeypatch)
     for other in ("random_encoder", "token_sae", "scalar_full"):
         assert verdict(results.difference(stub, "sarm", other)) != "holds"
     assert verdict(results.null_difference(stub)) != "holds"
+    assert verdict(results.null_difference(hand_made(sarm=same["sarm"]))) != "holds"  # in a profile of SARM alone
 
 
 def test_concepts_are_those_of_the_rows(run):

@@ -4,7 +4,7 @@
 
 x is the state at the reward position after the final norm, u_v the unembedding of token v.  F and A are words that
 praise and blame, or the tokens whose probability alone goes most with, and most against, the chosen answers of
-RM-Bench: whichever does best there.  A reward model that learned something from pairs beats this on RewardBench 2.
+RM-Bench: whichever does best there.  A reward model below this on RewardBench 2 has not shown what pairs taught it.
 """
 
 from __future__ import annotations
