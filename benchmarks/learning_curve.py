@@ -97,7 +97,9 @@ def main() -> None:
     part = table[table.measure == "rewardbench2"]
     data = pd.DataFrame({"variant": [NAMES[v] for v in part.variant], "pairs": part.pairs, "value": 100 * part.value,
                          "lo": 100 * part.low.clip(lower=0), "hi": 100 * part.high.clip(upper=1)})
-    figures.save(figures.learning_curve(data), data, "learning_curve", given.out / "figures", "toy")
+    drawn = figures.curves(data, "pairs", "Score against the number of training pairs",
+                           "preference pairs for training (95 % intervals)", "score (%)")
+    figures.save(drawn, data, "learning_curve", given.out / "figures", "toy")
     (given.out / "learning_curve.md").write_text(markdown(table, given.command))
 
 

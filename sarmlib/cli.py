@@ -322,6 +322,9 @@ def pretrain_sae(model: Annotated[str, option("decoder: a folder, a GGUF file, a
     read = job.activations(rule).meta
     states = _enough(read["vectors"] or chosen.sae.vectors, job)  # 0: they come as a stream
     made = job.sae(rule, chosen.seed)
+    if made.meta["fvu"] >= 1:
+        raise DataError(f"the SAE explains nothing: FVU {made.meta['fvu']:.3g} on other states, their mean alone has "
+                        "1; train longer (more text, sae.steps) or at another sae.lr")
     if RANK == 0:
         shutil.copytree(made.file("sae"), output, dirs_exist_ok=True)
         source = f" from {read['documents']} documents" if read["vectors"] else ""

@@ -107,7 +107,7 @@ def _done(fig, title: str, alt: str, names=(), values=(), form="", legend=0) -> 
     lines = textwrap.fill(title, int(fig.get_figwidth() * 13.5))
     fig.suptitle(lines, x=0.01, ha="left", fontsize=9, weight="bold")
     listed = "; ".join(f"{name} {value:{form}}" for name, value in zip(names, values, strict=True))
-    fig.alt = f"{title}. {alt}{listed and ': '}{listed}.".replace("\n", ", ").replace(r"\$", "$")
+    fig.alt = f"{title}. {alt}{listed and ': '}{listed}.".translate({10: ", ", 160: " "}).replace(r"\$", "$")
     handles = sorted(fig.axes[0].get_legend_handles_labels()[0],
                      key=lambda handle: not isinstance(handle, mpl.container.Container))
     if legend and len(handles) > 1:  # one kind alone needs no legend
@@ -216,26 +216,20 @@ def sae_training(log: pd.DataFrame) -> Drawing:
                  "Variance unexplained at the end", last.index, last, ".3f", legend=3)
 
 
-@_figure
 def reward_training(data: pd.DataFrame) -> Drawing:
     """Held-out accuracy over pairs seen (``step``): mean over seeds with a 95 % t interval per variant."""
     groups = _need(data, "variant", "step", "accuracy").groupby(["variant", "step"], sort=False)["accuracy"]
     mean, half = 100 * groups.mean(), 100 * groups.sem() * student_t.ppf(0.975, (groups.size() - 1).clip(1))
     stats = pd.DataFrame({"value": mean, "lo": mean - half, "hi": mean + half}).reset_index()
-    return _curves(stats, "step", "Accuracy on held-out pairs during reward training",
-                   "training pairs seen (95 % intervals over seeds)", "accuracy (%)")
+    return curves(stats, "step", "Accuracy on held-out pairs during reward training",
+                  "training pairs seen (95 % intervals over seeds)", "accuracy (%)")
 
 
 @_figure
-def learning_curve(data: pd.DataFrame) -> Drawing:
-    """Score (value, lo, hi in percent) over ``pairs``, one line per ``variant``."""
-    return _curves(_need(data, "variant", "pairs", "value", "lo", "hi"), "pairs",
-                   "Score against the number of training pairs",
-                   "preference pairs for training (95 % intervals)", "score (%)")
-
-
-def _curves(data, x: str, title: str, xlabel: str, ylabel: str) -> Drawing:
-    """One line per variant over ``x`` on a log scale, side by side so that intervals can be read."""
+def curves(data: pd.DataFrame, x: str, title: str, xlabel: str, ylabel: str) -> Drawing:
+    """One line per ``variant``: value, lo, hi (percent) over ``x``, a log scale, side by side so that intervals can
+    be read."""
+    data = _need(data, "variant", x, "value", "lo", "hi")
     data = data.assign(lo=data["lo"].clip(lower=0), hi=data["hi"].clip(upper=100)).sort_values(x, kind="stable")
     sizes, names = data[x].unique(), list(data["variant"].unique())
     ends = data.groupby("variant")["value"].last()[names]
@@ -344,7 +338,7 @@ def figure3(table: pd.DataFrame, title="Steering one feature") -> Drawing:
             raise DataError(f"{name[4:]} is empty; Figure 3 needs both sets")
         _before_after(ax, part["reward"], part["reward_steered"], edges)
         shift = part["reward_steered"] - part["reward"]
-        moved.append(f"{100 * (shift != 0).mean():.1f} % of {name[-1]}")
+        moved.append(f"{100 * (shift != 0).mean():.1f}\u00a0%\u00a0of {name[-1]}")
         ax.set(title=f"{name}, n = {len(part)}\nmean shift {shift.mean():+.2f}", xlabel="reward")
     top = max(ax.dataLim.y1 for ax in axes)
     axes[0].set(ylabel="responses (%)", ylim=(-0.17 * top, 1.05 * top))
@@ -452,7 +446,7 @@ def table1(data: pd.DataFrame) -> Drawing:
     fig, axes = _axes(PAGE, 1.15 + 0.28 * len(printed), 2, sharey=True, width_ratios=[1.8, 1])
     subsets = _dodged(axes[0], data, "subset", "model", "value")
     axes[1].scatter(printed["paper"], range(len(subsets)), **PAPER)
-    for ax, title in zip(axes, ("this run (95 % over seeds)", "◇ the paper, 4B"), strict=True):
+    for ax, title in zip(axes, ("this run (95 % over seeds that differ)", "◇ the paper, 4B"), strict=True):
         _rows(ax, ["Overall" if name == "overall" else name for name in subsets])
         ax.set(xlabel="score (%)", title=title)
         ax.margins(x=0.08)

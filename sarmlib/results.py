@@ -571,11 +571,12 @@ def column_overlap(run: Run, seed: int, common: float = 0.0) -> float:
 
 
 def table1(run: Run) -> pd.DataFrame:
-    """The paper's Table 1: SARM and the full scalar model by subset (percent), and SARM-4B's value there."""
+    """The paper's Table 1: SARM and the full scalar model by subset (percent; no interval where all seeds agree), and
+    SARM-4B's value there."""
     scores = score_table(run).query("benchmark == 'rewardbench2' and variant in ['sarm', 'scalar_full']")
     printed, lines = published.table_1().set_index("model").loc["SARM-4B"].rename({"Overall": "overall"}), []
     for (variant, part), group in scores.groupby(["variant", "part"], sort=False):
-        _, low, high, *_ = seed_interval(100 * group.value, 0, 100) or [np.nan] * 6
+        _, low, high, *_ = (group.value.nunique() > 1 and seed_interval(100 * group.value, 0, 100)) or [np.nan] * 6
         lines.append((VARIANT_NAMES[variant], part, 100 * group.value.mean(), low, high, printed.get(part)))
     return pd.DataFrame(lines, columns=["model", "subset", "value", "lo", "hi", "paper"])
 

@@ -221,7 +221,9 @@ def test_an_sae_from_text_that_is_not_written_over(said, world, tmp_path):
     assert "300 states are too few: 9 steps" in said(*command, "--output", tmp_path / "few", status=1)
     command += ["--set", "sae.steps=20"]
     wide = [*command, "--set", "sae.expansion=32", "--output", tmp_path / "wide"]
-    assert "for 512 features" in said(*wide, status=1) and not (tmp_path / "wide" / "config.json").exists()
+    assert "for 512 features" in said(*wide, status=1) and not (tmp_path / "wide" / "sae_config.json").exists()
+    still = [*command, "--set", "sae.lr=3", "--output", tmp_path / "still"]
+    assert "explains nothing: FVU" in said(*still, status=1) and not (tmp_path / "still" / "sae_config.json").exists()
     printed = said(*command)
     assert "fvu" in printed and re.search(r"of 300 states from \d+ documents", printed)
     assert said(*command) == printed
@@ -233,7 +235,7 @@ def test_an_sae_from_text_that_is_not_written_over(said, world, tmp_path):
     assert TopKSAE.load(tmp_path / "out").n_features == 64
     (tmp_path / "small.txt").write_text("One sentence. Two.\n")
     err = said(*command, "--corpus", tmp_path / "small.txt", "--output", tmp_path / "less", status=1)
-    assert "100 or more are needed" in err and not (tmp_path / "less" / "config.json").exists()
+    assert "100 or more are needed" in err and not (tmp_path / "less" / "sae_config.json").exists()
 
 
 def test_verify_prints_a_header_and_no_none_and_names_damage(said, tmp_path):

@@ -70,10 +70,11 @@ def tables():
                                        prompt="What costs $5?", answers=("a cake", "b " * 90))}
 
 
-ARGUMENTS = {"dose_response": {"used": 5}}
+ARGUMENTS = {"dose_response": {"used": 5},
+             "curves": {"x": "pairs", "title": "Scores", "xlabel": "pairs", "ylabel": "score (%)"}}
 DRAW = {
     "architecture": None,
-    "sae_training": "log", "reward_training": "training", "learning_curve": "curve", "feature_weights": "features",
+    "sae_training": "log", "reward_training": "training", "curves": "curve", "feature_weights": "features",
     "label_auroc": "judged", "concepts": "concepts", "probe_report": "probe", "figure3": "steered",
     "shift_by_set": "shift", "dose_response": "dose", "selectivity": "controls", "table1": "scores",
     "table2": "ablation", "differences": "gaps", "claims": "verdicts", "waterfall": "explanation"}
@@ -147,11 +148,6 @@ def test_a_label_is_cut_between_terms_and_what_cannot_be_drawn_is_counted(tables
     fig = figures.label_auroc(tables["judged"].assign(label=terms))
     assert fig.axes[0].get_yticklabels()[0].get_text() == "“a term”, digits, “another”, “x” (0)"
     assert "1 abstained; 1 could not be scored" in fig.alt
-
-
-def test_the_papers_scores_have_their_own_axis(tables):
-    ours, paper = figures.table1(tables["scores"]).axes
-    assert ours.dataLim.x0 >= 80 and paper.collections[0].get_offsets()[:, 0].tolist() == [70.0] * len(SUBSETS)
 
 
 def test_the_waterfall_says_why_an_answer_won_and_ends_at_the_margin(tables):

@@ -1,10 +1,14 @@
 """Plans are arithmetic on shapes: the paper's sizes come out, and costs move as they must."""
 
 import pytest
+import torch
+from transformers import LlamaConfig
 
+from sarmlib.backbone import cut_config
 from sarmlib.errors import ConfigError
-from sarmlib.plan import backbone_path, lines, plan, sizes
+from sarmlib.plan import SHAPES, backbone_path, lines, plan, sizes
 from sarmlib.profiles import load_profile
+from sarmlib.sarm.model import SarmConfig, SarmForSequenceClassification
 from tests.helpers import ROOT
 
 
@@ -44,3 +48,18 @@ def test_a_decoder_that_is_not_made_is_named_with_the_command_that_makes_it():
         backbone_path(load_profile("toy", **{"backbone.source": "models/nosuch"}))
     source = load_profile("smollm2", data=ROOT).backbone.source
     assert f"\n{source.removeprefix('models/')}: " in (ROOT / "Makefile").read_text()
+
+
+@pytest.mark.parametrize("name", ["paper-2b", "paper-3b", "paper-4b"])
+def test_the_papers_models_are_built_and_their_decoders_run_without_memory(name):
+    profile = load_profile(name)
+    planned = sizes(profile)
+    decoder = cut_config(LlamaConfig(**SHAPES[profile.backbone.source]), profile.backbone.layer)
+    shape = {"n_features": planned.n_features, "k": profile.sae.k(planned.d)}
+    with torch.device("meta"):
+        model = SarmForSequenceClassification(SarmConfig(backbone_config=decoder, layer=planned.layer, **shape))
+        states = model.model(input_ids=torch.zeros(2, 8, dtype=torch.long)).last_hidden_state
+    assert states.shape == (2, 8, planned.d) and (states @ model.sae.W_enc.t()).shape == (2, 8, 16 * planned.d)
+    assert model.sae.k == 3 * planned.d // 64
+    used = {part: weight.numel() for part, weight in model.named_parameters() if part not in ("sae.W_dec", "sae.b_pre")}
+    assert sum(used.values()) == planned.total - planned.d  # the plan counts the decoder's final norm

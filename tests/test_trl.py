@@ -1,5 +1,6 @@
 """With TRL installed (the `trl` extra): its RewardTrainer takes a SARM unchanged."""
 
+import datasets
 import pytest
 import torch
 
@@ -8,7 +9,6 @@ from tests.tiny import tiny_pairs, tiny_sarm, tiny_tokenizer
 
 def test_reward_trainer_trains_a_sarm_and_leaves_the_encoder(tmp_path):
     trl = pytest.importorskip("trl", reason="the trl extra is not installed")
-    datasets = pytest.importorskip("datasets")
     model = tiny_sarm(head=0.1)
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     pairs = [{side: [*pair["prompt"], {"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")}
