@@ -39,7 +39,7 @@ def world():
 
 @pytest.mark.parametrize("method, expected", [
     # c = 6 1 15 2, j = 2 7 15 0; mean over the four live features = 12
-    ("sum", {0: 4 / 20, 3: 2 / 14, 2: 0.0, 1: -6 / 20}),
+    ("sum", {0: 4 / 20, 3: 2 / 14, 2: 0.0, 1: -6 / 20}), ("code", {0: 4 / 17.6, 3: 2 / 11.6, 2: 0.0, 1: -6 / 17.6}),
     # c = 3 1 3 1, j = 1 2 3 0: responses, not magnitudes
     ("frequency", {0: 2 / 7.5, 3: 1 / 4.5, 2: 0.0, 1: -1 / 6.5})])
 def test_the_papers_formula_by_hand(method, expected):

@@ -25,19 +25,19 @@ N_RANDOM = 200
 def feature_scores(z_chosen, z_rejected, method="sum") -> pd.DataFrame:
     """s_i of every live feature, best first, rare ones last; row i of both [n, M] is one pair.
 
-    method: c and j are summed activations ("sum", the released code) or counts of responses in which the
-    feature fires ("frequency", the paper's words).  The mean is over live features.
+    method: c and j are summed activations, and the mean is over live features ("sum") or over all M ("code", as in the
+    released code); or they are counts of responses in which the feature fires ("frequency", the paper's words).
     """
     pos, neg = (sparse.csr_array(z).astype(float) for z in (z_chosen, z_rejected))
-    if pos.shape != neg.shape or method not in ("sum", "frequency"):
-        raise DataError(f"one row per pair, not {pos.shape} and {neg.shape}, and method sum or frequency")
+    if pos.shape != neg.shape or method not in ("sum", "code", "frequency"):
+        raise DataError(f"one row per pair, not {pos.shape} and {neg.shape}, and method sum, code or frequency")
     fired = [(z != 0).sum(axis=0) for z in (pos, neg)]
-    n_active = fired[0] + fired[1]
-    live = np.flatnonzero(n_active)
+    live = np.flatnonzero(n_active := fired[0] + fired[1])
     if not len(live):
         raise DataError("no feature fires on any of these responses")
     c, j = (one[live] for one in (fired if method == "frequency" else (pos.sum(axis=0), neg.sum(axis=0))))
-    table = pd.DataFrame({"feature": live, "s": (c - j) / (c + j + (c + j).mean()), "c": c, "j": j,
+    mean = (c + j).sum() / (pos.shape[1] if method == "code" else len(live))
+    table = pd.DataFrame({"feature": live, "s": (c - j) / (c + j + mean), "c": c, "j": j,
                           "n_active": n_active[live], "eligible": n_active[live] >= MIN_ACTIVE})
     return table.sort_values(["eligible", "s", "n_active"], ascending=False, kind="stable", ignore_index=True)
 
