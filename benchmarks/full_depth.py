@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
     run = Run(args.profile, data=args.data)
-    run = Run(run.profile, root=args.runs)
+    profile = run.profile.model_copy(update={"variants": (*run.profile.variants, VARIANT)})
+    run = Run(profile, root=args.runs)
     seed, rows = run.profile.seed, run.benchmark_rows()["rewardbench2"]
     made = run.reward(VARIANT, seed)
     spec = run.profile.benchmarks
