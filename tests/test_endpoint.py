@@ -186,6 +186,7 @@ def test_a_killed_run_asks_nothing_answered_again_and_two_share_a_cache(tmp_path
 
 
 def test_an_interrupt_ends_requests_under_way():
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
     with FakeLLM(delay=20) as server:
         one, start = endpoint(server), time.monotonic()
         threading.Timer(0.5, os.kill, [os.getpid(), signal.SIGINT]).start()

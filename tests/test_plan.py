@@ -52,8 +52,7 @@ def test_a_decoder_that_is_not_made_is_named_with_the_command_that_makes_it():
 
 @pytest.mark.parametrize("name", ["paper-2b", "paper-3b", "paper-4b"])
 def test_the_papers_models_are_built_and_their_decoders_run_without_memory(name):
-    profile = load_profile(name)
-    planned = sizes(profile)
+    planned = sizes(profile := load_profile(name))
     decoder = cut_config(LlamaConfig(**SHAPES[profile.backbone.source]), profile.backbone.layer)
     shape = {"n_features": planned.n_features, "k": profile.sae.k(planned.d)}
     with torch.device("meta"):
