@@ -38,7 +38,7 @@ VALUES = [None, 5, -1.5, True, [], {}, "", " \n", "\ud800", "\0", "w1 " * 400_00
           [{"role": "assistant", "content": None}]]
 SMALL = ["device=cpu", "preferences.max_length=64", "reward.batch_size=4", "reward.micro_batch_size=4",
          "reward.epochs=1", "sae.vectors=400", "sae.batch_size=32", "sae.steps=4", "sae.expansion=2",
-         "corpus.window=64", "reward.lr=1e-3"]
+         "corpus.window=64", "reward.lr=1e-3", "sae.positions=every"]
 SETS = [part for one in SMALL for part in ("--set", one)]
 
 
