@@ -181,7 +181,7 @@ class Run:
                     "seed": spec.seed, "dtype": spec.dtype, "data": self.fingerprint(corpus.source, "corpus"),
                     "backbone": self.backbone_key}
         dialogues = [self.preferences(spec.seed)] if corpus.dialogue_share else []
-        return self._get(_make_activations, (positions, kept), settings, *dialogues, shared=True)
+        return self._get(_make_activations, (positions, kept), settings, *dialogues, shared=True, resumes=False)
 
     def sae(self, positions: str, seed: int) -> Artifact:
         """A trained SAE (``sae/``), its log and its metrics on held-out states."""
@@ -338,20 +338,20 @@ class Run:
         where = None if source == "toy" or _is_remote(source) else _place(self.profile, source, kind)
         return where and hash_tree(where)
 
-    def _get(self, make, arguments: tuple, settings: dict, *inputs: Artifact, shared: bool = False) -> Artifact:
+    def _get(self, make, arguments: tuple, settings: dict, *inputs: Artifact, shared=False, resumes=True) -> Artifact:
         """The artifact that ``make(self, *arguments, folder)`` makes of ``inputs``.
 
-        ``shared``: all processes of an ``accelerate launch`` make it together, and after a kill they go on; the
-        first one keeps the store, and calls the others when there is something to make.
+        ``shared``: all processes of an ``accelerate launch`` make it together (the first one keeps the store, and calls
+        the others when there is something to make); if it ``resumes``, they go on after a kill.
         """
-        stage, together = make.__name__.removeprefix("_make_"), shared and WORLD > 1
+        stage, together, resumes = make.__name__.removeprefix("_make_"), shared and WORLD > 1, shared and resumes
         if together:
             PartialState(cpu=self.profile.device == "cpu")
         make = (_Lead if together and RANK == 0 else partial)(make, self, *arguments)
         while together and RANK and (folder := _broadcast(None)):
             make(Path(folder))
         keys = {one.path.parent.name: one.key for one in inputs}
-        made = self.store.get_or_make(stage, {**settings, "arguments": arguments}, keys, make, resumable=shared)
+        made = self.store.get_or_make(stage, {**settings, "arguments": arguments}, keys, make, resumable=resumes)
         if together and RANK == 0:
             _broadcast(None)
         return made

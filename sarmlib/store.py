@@ -31,7 +31,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sarmlib.errors import ArtifactError, DataError, NotMadeError
+from sarmlib.errors import ArtifactError, NotMadeError
 
 log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[1]
@@ -247,8 +247,8 @@ def _make(final: Path, settings: Any, inputs: Mapping[str, str], make: Callable,
     work.mkdir(exist_ok=True)
     try:
         meta = make(work) or {}
-    except BaseException as error:
-        if not resumable or isinstance(error, DataError):  # mended data have another key
+    except BaseException:
+        if not resumable:
             shutil.rmtree(work, ignore_errors=True)
         raise
     files = {name: {"sha256": digest, "bytes": (work / name).stat().st_size}

@@ -150,6 +150,11 @@ def test_a_label_is_cut_between_terms_and_what_cannot_be_drawn_is_counted(tables
     assert "1 abstained; 1 could not be scored" in fig.alt
 
 
+def test_the_papers_scores_have_their_own_axis(tables):
+    ours, paper = figures.table1(tables["scores"]).axes
+    assert ours.dataLim.x0 >= 80 and paper.collections[0].get_offsets()[:, 0].tolist() == [70.0] * len(SUBSETS)
+
+
 def test_the_waterfall_says_why_an_answer_won_and_ends_at_the_margin(tables):
     explanation = tables["explanation"]
     fig = figures.waterfall(explanation)

@@ -48,7 +48,7 @@ def test_another_transformers_and_the_pipeline_of_rewardbench_give_the_same_rewa
                for number, model in enumerate(models)]
     asked = {"folders": folders, "ids": ids.tolist(), "mask": mask.tolist(), "texts": texts}
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([python, str(ROOT / "tests" / "other_transformers.py"), json.dumps(asked)], text=True,
+    done = subprocess.run([python, str(ROOT / "tools" / "other_transformers.py"), json.dumps(asked)], text=True,
                           capture_output=True, cwd=tmp_path, env=env | {"HF_MODULES_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])

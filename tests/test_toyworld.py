@@ -187,6 +187,8 @@ def test_the_shipped_tokenizer_is_the_one_this_code_builds(tokenizer):
     shipped = AutoTokenizer.from_pretrained(BACKBONE_DIR)
     assert shipped.get_vocab() == tokenizer.get_vocab(), "the lexicon has changed since: make backbone"
     assert shipped.chat_template == tokenizer.chat_template
+    texts = [*datasets.corpus(100, "shipped")]
+    assert shipped(texts)["input_ids"] == tokenizer(texts)["input_ids"]
     for name in ("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id", "padding_side", "truncation_side"):
         assert getattr(shipped, name) == getattr(tokenizer, name)
     config = json.loads((BACKBONE_DIR / "config.json").read_text())
