@@ -9,6 +9,7 @@ pairs.  Writes runs/long/table2.jsonl (one line per model; a killed run goes on)
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -23,8 +24,10 @@ import torch
 from sarmlib import figures, pipeline
 from sarmlib.evaluation import rewardbench2
 from sarmlib.evaluation.scorer import score, score_rows
-from sarmlib.evaluation.statistics import holm, seeds_and_prompts_ci, seeds_ci, verdict
+from sarmlib.evaluation.statistics import seeds_and_prompts_ci, seeds_ci, verdict
 from sarmlib.profiles import load_profile
+from sarmlib.sae import training
+from sarmlib.sae.quality import evaluate_sae
 from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification
 
@@ -34,7 +37,12 @@ NAMES = {
     "scalar_half": "scalar, half depth", "scalar_full": "scalar, full depth",
     "no_topk": "head on all activations, no TopK", "trained_sae": "SAE trained with the reward",
     "released_recipe": "SAE trained, no TopK (released recipe)", "neuron_basis": "TopK of the state's coordinates",
+    "frozen_decoder": "SAE, decoder left random", "soft_frozen_decoder": "SAE, decoder within cosine 0.8 of random",
+    "same_text": "token-level SAE, the text of SARM's",
 }
+LEAST_COSINE = {"frozen_decoder": 1.0, "soft_frozen_decoder": 0.8}
+"""Sanity controls of arXiv 2602.14111: SAEs whose decoder columns may not leave (the neighbourhood of) a random draw.
+Its third control, a frozen random encoder, is "random encoder" here: a reward model reads no decoder."""
 MEASURES = ("rewardbench2", "pairs")
 """RM-Bench is left out: at this scale every variant scores 96 to 99 % there (notebook 05)."""
 
@@ -52,6 +60,56 @@ def neuron_basis(d: int, k: int) -> TopKSAE:
     return sae
 
 
+class HeldTrainer(training._Trainer):
+    """SAE training that keeps each decoder column within ``least`` (a cosine) of its random start."""
+
+    def __init__(self, sae: TopKSAE, config: training.SAETrainConfig, least: float):
+        super().__init__(sae, config, config.steps)
+        self.first, self.least = sae.W_dec.detach().clone(), least
+
+    def train_step(self, batch: torch.Tensor) -> dict | None:
+        metrics = super().train_step(batch)
+        hold(self.sae.W_dec.data, self.first, self.least)
+        return metrics
+
+
+def hold(columns: torch.Tensor, first: torch.Tensor, least: float) -> None:
+    """In place: each row [d] at unit length, and turned towards ``first`` until their cosine is ``least`` or more."""
+    unit = torch.nn.functional.normalize(columns, dim=1)
+    cosine = (unit * first).sum(1, keepdim=True)
+    aside = torch.nn.functional.normalize(unit - cosine * first, dim=1)
+    columns.copy_(torch.where(cosine < least, least * first + (1 - least**2) ** 0.5 * aside, unit))
+
+
+def held_sae(run: pipeline.Run, seed: int, least: float) -> TopKSAE:
+    """An SAE by the profile's recipe on sentence ends whose decoder is held near its random start."""
+    spec, shape = run.profile.sae, run.shape
+    names = {"lr", "betas", "batch_size", "auxk_coef", "renorm_every", "dead_after", "steps"}
+    config = training.SAETrainConfig(**spec.model_dump(include=names), seed=seed)
+    sae = TopKSAE(shape["d_model"], shape["n_features"], shape["k"], encoder_bias=spec.encoder_bias, relu=spec.relu,
+                  generator=torch.Generator().manual_seed(seed))
+    trainer = HeldTrainer(sae, config, least)
+    trainer.run(run.vectors("sentence_end")["train"], progress=False)
+    print(f"decoder within {least}: FVU", evaluate_sae(sae, run.vectors("sentence_end")["held_out"])["fvu"])
+    return sae
+
+
+def same_text_sae(run: pipeline.Run, seed: int) -> TopKSAE:
+    """A token-level SAE on as many vectors as SARM's has, drawn from all tokens of the same documents.
+
+    The profile's token-level SAE matches vectors alone: it meets a fifth of the text."""
+    made, spec = run.activations("sentence_end").meta, run.profile
+    wanted, drawn = made["vectors"] + made["held_out"], torch.Generator().manual_seed(seed)
+    share = wanted / made["tokens"]
+    extractor = pipeline._extractor(run, lambda ids, mask: torch.rand(ids.shape, generator=drawn) < share)
+    states = extractor.collect(itertools.islice(run.texts(spec.seed), made["documents"]))
+    with tempfile.TemporaryDirectory() as folder:
+        found = pipeline.pretrain_sae(spec.sae, states[pipeline.HELD_OUT:], Path(folder), seed=seed, progress=False,
+                                      d_model=run.shape["d_model"], held_out=states[:pipeline.HELD_OUT])
+        print(f"same text: {len(states)} of {wanted} vectors, FVU", found["fvu"])
+        return TopKSAE.load(Path(folder) / "sae")
+
+
 def build(run: pipeline.Run, variant: str, seed: int):
     """An untrained model of a variant."""
     shape, path = run.shape, run.backbone_path
@@ -62,6 +120,9 @@ def build(run: pipeline.Run, variant: str, seed: int):
     if variant == "neuron_basis":
         return SarmForSequenceClassification.from_backbone_and_sae(
             path, neuron_basis(shape["d_model"], shape["k"]), shape["layer"])
+    if variant in ("same_text", *LEAST_COSINE):
+        sae = held_sae(run, seed, LEAST_COSINE[variant]) if variant in LEAST_COSINE else same_text_sae(run, seed)
+        return SarmForSequenceClassification.from_backbone_and_sae(path, sae, shape["layer"])
     rule = pipeline.SAE_OF_VARIANT.get(variant)
     return pipeline.untrained(variant, path, layer=shape["layer"], n_layers=shape["n_layers"], k=shape["k"],
                               sae=run.load_sae(rule, seed) if rule else None, n_features=shape["n_features"], seed=seed)
@@ -91,9 +152,13 @@ def pair_credit(run: pipeline.Run, model, pairs: list[dict]) -> list[float]:
 def measure(run: pipeline.Run, model, seed: int, rows: list[dict]) -> dict:
     """``{"pairs": [credit], "rewardbench2": [[subset, value]]}``."""
     groups, _ = score_rows(model, run.tokenizer, rows)
+    return {"pairs": pair_credit(run, model, run.pairs(seed)["eval"]), "rewardbench2": units_of(rows, groups)}
+
+
+def units_of(rows: list[dict], groups: list) -> list[list]:
+    """[[subset, value]] of the answers' rewards, a group per row."""
     scored = [{**row, "scores": group} for row, group in zip(rows, groups, strict=True)]
-    units = [[part, round(value, 5)] for part, _, value in rewardbench2.units(scored)]
-    return {"pairs": pair_credit(run, model, run.pairs(seed)["eval"]), "rewardbench2": units}
+    return [[part, round(value, 5)] for part, _, value in rewardbench2.units(scored)]
 
 
 # -- many models -------------------------------------------------------------------------------------------------
@@ -183,6 +248,13 @@ def p_value(per_seed: list[float]) -> float:
     """Two-sided t test of the seeds' differences (1 when they are all zero)."""
     from scipy.stats import ttest_1samp
     return 1.0 if not np.any(per_seed) else float(ttest_1samp(per_seed, 0.0).pvalue)
+
+
+def holm(p: list[float]) -> np.ndarray:
+    """Holm's step-down adjusted p values (family-wise error), in the order given."""
+    order, adjusted = np.argsort(p, kind="stable"), np.empty(len(p))
+    adjusted[order] = np.minimum(np.maximum.accumulate(np.array(p)[order] * (len(p) - np.arange(len(p)))), 1.0)
+    return adjusted
 
 
 def summary(lines: list[dict], seeds: list[int]) -> pd.DataFrame:

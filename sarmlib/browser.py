@@ -207,4 +207,4 @@ def histogram(z: np.ndarray, chosen: np.ndarray, bins: int = 24) -> dict:
     return {"bars": [{"x": 2, "width": 26, "c": 60 * silent[0], "r": 60 * silent[1]},
                      *({"x": places[i], "width": step - 1.5, "c": c[i], "r": r[i]} for i in range(bins))],
             "counts": counts.sum(axis=1), "totals": totals, "tallest": share.max(),
-            "ticks": [(places[i], f"{edges[i]:.2g}") for i in range(0, bins + 1, bins // 4)]}
+            "ticks": list({f"{edges[i]:.2g}": places[i] for i in range(0, bins + 1, bins // 4)}.items())}

@@ -93,14 +93,18 @@ class ActivationExtractor:
         self.packed = self._keeps_documents_apart()
 
     @torch.no_grad()
-    def iter_activations(self, texts: Iterable[str | list[int]], max_vectors: int | None = None
+    def iter_activations(self, texts: Iterable[str | list[int]], max_vectors: int | None = None, skip: int = 0
                          ) -> Iterator[Tensor]:
         """States of documents (texts or ids) as [n, d] tensors, one per forward pass, ``max_vectors`` in all.
 
-        Raises DataError for a corpus without text or selected tokens, and for a state that is not finite.
+        The first ``skip`` are neither computed nor counted.  Raises DataError for a corpus without text or selected
+        tokens, and for a state that is not finite.
         """
-        given = 0
+        given, left = 0, skip
         for rows in self._batches(texts):
+            if left:
+                left -= any(chosen.any() for row in rows for _, chosen in row)
+                continue
             states = self._forward(rows)
             states = states if max_vectors is None else states[:max_vectors - given]
             given += len(states)
@@ -109,7 +113,7 @@ class ActivationExtractor:
                 yield states
             if given == max_vectors:
                 return
-        if given == 0:
+        if given == 0 and not skip:
             raise DataError("the corpus holds no text, or the position rule selects none of its tokens; try "
                             "the rule 'every'")
 

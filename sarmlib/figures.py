@@ -507,7 +507,7 @@ def claims(verdicts: pd.DataFrame) -> Drawing:
     middle = (marks["band_lo"] + marks["band_hi"]) / 2
     reach = (marks["band_hi"] - marks["band_lo"]).abs().div(2).clip(lower=0.025)  # a band of one value shows too
     ax.hlines(place, middle - reach, middle + reach, color=SKY, alpha=0.45, lw=10, zorder=1,
-              label="band of earlier runs")
+              label="band of earlier runs" if middle.notna().any() else None)
     for y, kind in zip(place[first] - 1, data["kind"][first], strict=True):
         words = kind if kind == "evidence" else f"by {kind}"
         ax.text(0.5, y, words, ha="center", va="center", fontsize=SMALL, style="italic")
@@ -570,6 +570,7 @@ def _stairs(ax, steps: np.ndarray, form: str, whom: str) -> None:
     _names_at(ax, [max(total, 0)], [len(steps)], [f"= {total:{form}}"], weight="bold")
     ax.axvline(0, color=DARK, lw=0.7)
     ax.margins(x=0.1)
+    ax.locator_params("x", nbins=6)  # long numbers would touch
 
 
 def _question(explanation, total: float) -> str:

@@ -16,8 +16,9 @@ import json
 import os
 import shutil
 import warnings
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -57,7 +58,7 @@ from sarmlib.jobs import run_jobs
 from sarmlib.profiles import Profile, load_profile
 from sarmlib.sae.quality import evaluate_sae
 from sarmlib.sae.topk import TopKSAE
-from sarmlib.sae.training import SAETrainConfig, train_sae
+from sarmlib.sae.training import BUFFER, SAETrainConfig, train_sae
 from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
 from sarmlib.store import Artifact, Store, default_root, hash_json, hash_tree, write_atomic
 
@@ -539,12 +540,28 @@ def _make_activations(run, positions: str, kept: bool, folder: Path) -> dict:
             "held_out": count - train}
 
 
-def _vectors(extractor, documents: Iterator, vectors: int, accelerator=None) -> Iterator:
-    """States [n, d]; of several processes each reads documents of its own, and all get the states of all."""
-    if accelerator is None:
-        yield from extractor.iter_activations(documents, vectors)
+def _ahead(items: Iterator, rows: int = BUFFER // 2) -> Iterator:
+    """The same tensors; while the caller uses one, a thread makes about ``rows`` rows of the next ones."""
+    if (first := next(items, None)) is None:
         return
-    mine = extractor.iter_activations(itertools.islice(documents, RANK, None, WORLD))
+    worker = ThreadPoolExecutor(1)
+    waiting = deque(worker.submit(next, items, None) for _ in range(max(1, rows // len(first))))
+    try:
+        yield first
+        while (item := waiting.popleft().result()) is not None:
+            waiting.append(worker.submit(next, items, None))
+            yield item
+    finally:
+        worker.shutdown(cancel_futures=True)
+
+
+def _vectors(extractor, documents: Iterator, vectors: int, accelerator=None, skip=0, through=iter) -> Iterator:
+    """States [n, d] after the first ``skip`` tensors; of several processes each reads documents of its own, and all get
+    the states of all."""
+    if accelerator is None:
+        yield from through(extractor.iter_activations(documents, vectors, skip))
+        return
+    mine = through(extractor.iter_activations(itertools.islice(documents, RANK, None, WORLD), None, skip))
     nothing = torch.zeros(0, extractor.backbone.config.hidden_size, device=accelerator.device)
     while vectors > 0:
         states = next(mine, nothing)
@@ -566,9 +583,9 @@ def _make_sae(run, positions: str, seed: int, folder: Path) -> dict:
         extractor, steps = _extractor(run, positions), max(1, spec.vectors // spec.batch_size)
         spec = spec.model_copy(update={"steps": spec.steps or steps})  # a known length: for log and progress
 
-        def activations():
+        def activations(tensors=0, vectors=0):  # after so many of them, computed while the SAE trains
             documents = itertools.islice(_texts(run, run.profile.seed), read, None)
-            return _vectors(extractor, documents, spec.vectors, accelerator)
+            return _vectors(extractor, documents, spec.vectors - vectors, accelerator, tensors, _ahead)
     return pretrain_sae(spec, activations, folder, d_model=run.shape["d_model"], seed=seed, device=run.device,
                         held_out=states["held_out"], progress=run.progress, accelerator=accelerator)
 

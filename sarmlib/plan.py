@@ -110,7 +110,7 @@ def _sae_stages(profile: Profile, one: Sizes, kinds: int, devices: int, half: fl
     extraction = backbone + profile.corpus.batch_size * profile.corpus.window * one.d * 40e-9
     memory = 2 * one.encoder * 16e-9 + sae.batch_size * one.n_features * 4e-9
     work = 2 * one.encoder * (sae.steps * sae.batch_size if sae.steps else sae.vectors) * kinds * times
-    disk, buffers = 2 * one.encoder * 4e-9 * kinds * times, devices * BUFFER * one.d * 8e-9
+    disk, buffers = 2 * one.encoder * 4e-9 * kinds * times, devices * BUFFER * one.d * 1e-8
     if file <= profile.corpus.budget_gb:
         return [("activations", tokens, 2 * one.layers * tokens, extraction, devices * backbone, file * kinds),
                 ("SAE", math.nan, work, memory, buffers, disk)]

@@ -1,7 +1,5 @@
 """The cut backbone equals the full model's hidden_states[l], for several families, and refuses what it cannot do."""
 
-import json
-
 import pytest
 import torch
 import transformers
@@ -13,31 +11,21 @@ from sarmlib.errors import ConfigError, DataError, ModelError
 from sarmlib.extractor import ActivationExtractor
 from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification, ScalarRewardModel
-from tests.helpers import shared_path
+from tests.test_sarm_model import config_of
 from tests.tiny import tiny_tokenizer
-
-SMALL = dict(vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
-FAMILIES = {
-    "Llama": dict(num_key_value_heads=1),
-    "Qwen2": dict(num_key_value_heads=1),
-    "Mistral": dict(num_key_value_heads=1, sliding_window=8),
-    "GPTNeoX": {},
-    "Gemma2": dict(num_key_value_heads=1, head_dim=8, sliding_window=8),
-}
 
 
 def tiny_model(family: str):
     """Random full-depth decoder whose final norm is far from the identity."""
-    config = getattr(transformers, f"{family}Config")(**SMALL, **FAMILIES[family])
     torch.manual_seed(0)
-    model = AutoModel.from_config(config).eval()
+    model = AutoModel.from_config(config_of(family, 8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral", "GPTNeoX", "Gemma2"])
 def test_cut_backbone_equals_hidden_states(family, tmp_path):
     full = tiny_model(family)
     full.save_pretrained(tmp_path)
@@ -62,7 +50,7 @@ def test_cut_backbone_equals_hidden_states(family, tmp_path):
 @pytest.mark.parametrize("keep_final_norm", [False, True])
 def test_a_loaded_model_with_a_head_is_cut_as_its_files_are(keep_final_norm, tmp_path):
     torch.manual_seed(0)
-    full = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL))
+    full = transformers.LlamaForCausalLM(config_of("Llama"))
     full.save_pretrained(tmp_path)
     ids = torch.arange(12).view(2, 6)
     with torch.no_grad():
@@ -73,31 +61,16 @@ def test_a_loaded_model_with_a_head_is_cut_as_its_files_are(keep_final_norm, tmp
         assert next(full.parameters()).any()  # a copy: the given model stays as it is
 
 
-@pytest.mark.parametrize("wrong, message", [
-    (lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)), "LlamaForCausalLM has a head.*load_"),
-    (lambda: tiny_model("Llama"), "has its final norm; pass load_backbone"),
-])
-def test_a_model_that_is_not_cut_is_refused_with_the_cure(wrong, message):
-    with pytest.raises(ModelError, match=message):
-        SarmForSequenceClassification.from_backbone_and_sae(wrong(), TopKSAE(16, 32, 4))
+def test_a_model_that_is_not_cut_is_refused_with_the_cure():
+    full, decoder = transformers.LlamaForCausalLM(config_of("Llama")), tiny_model("Llama")
+    for wrong, message in ((full, "LlamaForCausalLM has a head.*load_"),
+                           (decoder, "has its final norm; pass load_backbone")):
+        with pytest.raises(ModelError, match=message):
+            SarmForSequenceClassification.from_backbone_and_sae(wrong, TopKSAE(32, 64, 4))
     with pytest.raises(ModelError, match="no final norm; pass load_backbone.*keep_final_norm=True"):
-        ScalarRewardModel.from_backbone(load_backbone(tiny_model("Llama"), 2))
+        ScalarRewardModel.from_backbone(load_backbone(decoder, 2))
     with pytest.raises(ModelError, match="has a head"):
-        ActivationExtractor(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL)), tiny_tokenizer())
-
-
-def test_golden_hidden_states():
-    base = shared_path("data/golden/sarm_official_tiny/base")
-    expected = json.loads((base.parent / "expected.json").read_text())["cases"]
-    cases = json.loads((base.parent / "inputs.json").read_text())["cases"]
-    backbone = load_backbone(base, 4)
-    for case in (case for case in cases if case["name"] in expected):
-        ids, mask = torch.tensor(case["input_ids"]), torch.tensor(case["attention_mask"])
-        with torch.no_grad():
-            hidden = backbone(ids, attention_mask=mask).last_hidden_state
-        for row, reference in zip(hidden, expected[case["name"]]["rows"], strict=True):
-            got = row[reference["last_index"]]
-            torch.testing.assert_close(got, torch.tensor(reference["hidden_last"]), atol=1e-5, rtol=0)
+        ActivationExtractor(full, tiny_tokenizer())
 
 
 def test_weights_above_are_not_needed_but_weights_below_are(tmp_path):
@@ -111,7 +84,7 @@ def test_weights_above_are_not_needed_but_weights_below_are(tmp_path):
 
 
 def test_cut_config_copies_shortens_layer_lists_and_checks_the_layer():
-    config = transformers.Gemma2Config(**SMALL, num_key_value_heads=1, head_dim=8)
+    config = config_of("Gemma2")
     cut = cut_config(config, 3)
     assert n_layers(cut_config(config)) == 2  # half depth
     assert (n_layers(cut), len(cut.layer_types)) == (3, 3)
@@ -132,7 +105,7 @@ def test_a_row_longer_than_a_table_of_positions_is_refused_by_name():
 
 
 def test_unknown_family_is_refused_by_name():
-    bert = AutoModel.from_config(transformers.BertConfig(**SMALL))
+    bert = AutoModel.from_config(config_of("Bert"))
     with pytest.raises(ModelError, match="BertModel.*'bert'"):
         strip_final_norm(bert)
     with pytest.raises(ModelError, match="encoder-decoder"):

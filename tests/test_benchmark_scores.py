@@ -42,20 +42,30 @@ def assert_close(got, expected, path=""):
         assert got == pytest.approx(expected, abs=1e-9), path
 
 
-def test_golden_cases():
-    cases = json.loads(shared_path("data/golden/rewardbench2_cases.json").read_text())["cases"]
+def golden(benchmark, part):
+    """(name, rows, result, expected) of each case; what the official code refuses is refused."""
+    name = benchmark.__name__.rpartition(".")[2]
+    cases = json.loads(shared_path(f"data/golden/{name}_cases.json").read_text())["cases"]
     assert cases
     for case in cases:
-        rows = [{**r, "scores": [float(s) for s in r["scores"]]} for r in case["rows"]]
+        rows = [{key: [float(v) for v in value] if "score" in key else value for key, value in row.items()}
+                for row in case[part]]
         if "official_error" in case["expected"]:
             with pytest.raises(DataError):
-                rewardbench2.score(rows)
+                benchmark.score(rows)
             continue
         before = json.dumps(rows)
-        result = rewardbench2.score(rows)
-        for key, value in case["expected"].items():
-            assert_close(result[key], value, f"{case['name']}/{key}")
+        yield case["name"], rows, benchmark.score(rows), case["expected"]
         assert json.dumps(rows) == before, "the input was changed"
+
+
+def test_golden_cases():
+    for name, _, result, expected in golden(rewardbench2, "rows"):
+        assert_close({key: result[key] for key in expected}, expected, name)
+    for name, samples, result, expected in golden(rm_bench, "samples"):
+        assert_close(result, expected["official_output"], name)
+        assert_close({one: m.tolist() for one, m in rm_bench.matrices(samples).items()}, expected["matrix"], name)
+        assert_close(rm_bench.score_present(samples)["per_domain"], expected["per_domain"], name)
 
 
 @pytest.mark.parametrize(("scores", "credit"), [
@@ -109,19 +119,6 @@ def test_units_average_to_the_subset_scores():
     assert rewardbench2.units([row("Ties", [1, 0], 1, "ref:99"), *rows]) == units
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ([], "no rows"),
-    ([row("Math", [1, float("nan")])], "NaN"),
-    ([row("Math", [[1, 2], [3, 4]])], "flat"),
-    ([{"id": "1", "subset": "Math"}], "scores"),
-    ([row("Ties", [1, 0], 1, "1")], "ref:<int>"),
-    ([row("Ties", [1, 0], 2, "ref:1")], "num_correct"),
-    ([row("Ties", [1, 0], 1, "tied:1"), row("Ties", [1, 0], 1, "ref:1")], "at least two")])
-def test_unusable_rows_are_refused(bad, message):
-    with pytest.raises(DataError, match=message):
-        rewardbench2.score(bad)
-
-
 # RM-Bench
 
 def sample(domain, chosen, rejected, id=0):
@@ -132,23 +129,6 @@ def sample(domain, chosen, rejected, id=0):
 def random_samples(rng, n=10):
     names = ("chat", "math", "code", "safety-refuse", "safety-response")
     return [sample(d, rng.integers(-2, 4, 3) / 2, rng.integers(-3, 3, 3) / 2, i) for d in names for i in range(n)]
-
-
-def test_golden_cases_of_rm_bench():
-    cases = json.loads(shared_path("data/golden/rm_bench_cases.json").read_text())["cases"]
-    assert cases
-    for case in cases:
-        samples = [{k: [float(v) for v in s[k]] if k.startswith("score") else s[k] for k in s} for s in case["samples"]]
-        if "official_error" in case["expected"]:
-            with pytest.raises(DataError):
-                rm_bench.score(samples)
-            continue
-        before, result = json.dumps(samples), rm_bench.score(samples)
-        assert_close(result, case["expected"]["official_output"], case["name"])
-        cells = {name: m.tolist() for name, m in rm_bench.matrices(samples).items()}
-        assert_close(cells, case["expected"]["matrix"], case["name"])
-        assert_close(rm_bench.score_present(samples)["per_domain"], case["expected"]["per_domain"], case["name"])
-        assert json.dumps(samples) == before, "the input was changed"
 
 
 def test_matrix_orientation_and_strictness():
@@ -180,16 +160,25 @@ def test_order_shift_and_scale_change_nothing_in_rm_bench_and_exchanged_sides_lo
     assert whole["chat"] + exchanged["chat"] + np.mean(equal) == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize(("bad", "message"), [
-    ([], "no samples"),
-    ([sample("chat", [1, 2, float("nan")], [0, 0, 0])], "three numbers"),
-    ([sample("chat", ["a", "b", "c"], [0, 0, 0])], "three numbers"),
-    ([{"id": 1, "domain": "chat", "score_chosen": [1, 2, 3]}], "score_rejected"),
-    ([sample("chat", [1] * 3, [0] * 3), sample(None, [1] * 3, [0] * 3)], "to every sample or to none"),
-    ([sample("poetry", [1] * 3, [0] * 3)], "no domain .poetry")])
-def test_unusable_samples_are_refused(bad, message):
+@pytest.mark.parametrize(("score", "bad", "message"), [
+    *((rewardbench2.score, *case) for case in (
+        ([], "no rows"),
+        ([row("Math", [1, float("nan")])], "NaN"),
+        ([row("Math", [[1, 2], [3, 4]])], "flat"),
+        ([{"id": "1", "subset": "Math"}], "scores"),
+        ([row("Ties", [1, 0], 1, "1")], "ref:<int>"),
+        ([row("Ties", [1, 0], 2, "ref:1")], "num_correct"),
+        ([row("Ties", [1, 0], 1, "tied:1"), row("Ties", [1, 0], 1, "ref:1")], "at least two"))),
+    *((rm_bench.score_present, *case) for case in (
+        ([], "no samples"),
+        ([sample("chat", [1, 2, float("nan")], [0, 0, 0])], "three numbers"),
+        ([sample("chat", ["a", "b", "c"], [0, 0, 0])], "three numbers"),
+        ([{"id": 1, "domain": "chat", "score_chosen": [1, 2, 3]}], "score_rejected"),
+        ([sample("chat", [1] * 3, [0] * 3), sample(None, [1] * 3, [0] * 3)], "to every sample or to none"),
+        ([sample("poetry", [1] * 3, [0] * 3)], "no domain .poetry")))])
+def test_unusable_rows_and_samples_are_refused(score, bad, message):
     with pytest.raises(DataError, match=message):
-        rm_bench.score_present(bad)
+        score(bad)
 
 
 # A chat model as judge

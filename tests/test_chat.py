@@ -73,19 +73,15 @@ def test_malformed_conversations_are_refused(messages, match):
         encode_conversation(tiny_tokenizer(), messages)
 
 
-def test_a_template_that_refuses_a_role_is_a_data_error():
-    template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}" + TEMPLATE
-    messages = [{"role": "system", "content": "w1"}, *conversation("w2", "w3")]
-    with pytest.raises(DataError, match="no system role"):
-        encode_conversation(tiny_tokenizer(template), messages)
-
-
-@pytest.mark.parametrize("sum_", [
-    "{{ 10**(10 + messages|length)**8 }}", "{% set x = 9**9**9 %}", "{{ 'x' * 10**10 }}", "{{ 99999999 * [1] }}",
-    "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}"])
-def test_a_template_computes_nothing_huge(sum_):
-    with pytest.raises(DataError, match="it computes .* at most 1,000,000"):
-        encode_conversation(tiny_tokenizer(sum_ + TEMPLATE), conversation("w1", "w2"))
+@pytest.mark.parametrize("start, words", [
+    ("{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}", "no system role"),
+    *((start, "it computes .* at most 1,000,000") for start in (
+        "{{ 10**(10 + messages|length)**8 }}", "{% set x = 9**9**9 %}", "{{ 'x' * 10**10 }}", "{{ 99999999 * [1] }}",
+        "{% set n = namespace(x=3) %}{% for i in range(99) %}{% set n.x = n.x * n.x %}{% endfor %}"))])
+def test_a_template_that_refuses_a_role_or_computes_something_huge_is_a_data_error(start, words):
+    with pytest.raises(DataError, match=words):
+        encode_conversation(tiny_tokenizer(start + TEMPLATE),
+                            [{"role": "system", "content": "w1"}, *conversation("w2", "w3")])
 
 
 def test_a_template_may_multiply_and_pass_keywords():

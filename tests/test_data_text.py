@@ -86,30 +86,21 @@ def test_documents_are_streamed_and_a_bad_row_is_named(tmp_path, line, words):
         next(stream)
 
 
-def test_files_that_are_not_text(tmp_path):
-    (tmp_path / "image.txt").write_bytes(b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(range(256)))
-    (tmp_path / "wide.txt.gz").write_bytes(gzip.compress("Text in UTF-16.".encode("utf-16")))
-    (tmp_path / "cut.txt.gz").write_bytes(gzip.compress(b"text " * 999)[:20])
-    (tmp_path / "rows.jsonl").write_bytes(bytes(range(128, 256)))
-    (tmp_path / "table.parquet").write_bytes(b"PAR1 and no more")
-    jsonl(tmp_path / "blank.jsonl", [" "])
-    for name, word in (("image.txt", "not text"), ("wide.txt.gz", "UTF-16"), ("cut.txt.gz", "damaged"),
-                       ("rows.jsonl", "not UTF-8"), ("table.parquet", "damaged"), ("absent", "no such file"),
-                       ("blank.jsonl", "gave no document")):
-        with pytest.raises(DataError, match=word) as caught:
-            list(iter_texts(tmp_path / name))
-        assert name in str(caught.value)
-
-
 @pytest.mark.parametrize("name, content, words", [
-    ("a.txt.gz", b"a b.\n" + b" \n" * 5000 + b"c d.", "8,000 blank characters in a row"),
-    ("a.json.gz", b"[" + b" " * 9000 + b"]", "not JSON"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": "a", "n": [{"k": 1, "k": 2}]}', "row 2: .*'k' stands twice")])
-def test_bombs_and_double_keys(tmp_path, monkeypatch, name, content, words):
+    ("image.txt", b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR" + bytes(range(256)), "not text"),
+    ("wide.txt.gz", gzip.compress("Text in UTF-16.".encode("utf-16"), mtime=0), "UTF-16"),
+    ("cut.txt.gz", gzip.compress(b"text " * 999, mtime=0)[:20], "damaged"), ("absent", None, "no such file"),
+    ("rows.jsonl", bytes(range(128, 256)), "not UTF-8"), ("table.parquet", b"PAR1 and no more", "damaged"),
+    ("blank.jsonl", b'{"text": " "}\n', "gave no document"),
+    ("bomb.txt.gz", gzip.compress(b"a b.\n" + b" \n" * 5000 + b"c d.", mtime=0), "8,000 blank characters in a row"),
+    ("bomb.json.gz", gzip.compress(b"[" + b" " * 9000 + b"]", mtime=0), "not JSON"),
+    ("twice.jsonl", b'{"text": "a"}\n{"text": "a", "n": [{"k": 1, "k": 2}]}', "row 2: .*'k' stands twice")])
+def test_what_is_not_text_bombs_and_double_keys_are_refused(tmp_path, monkeypatch, name, content, words):
     monkeypatch.setattr(rows, "MAX_CHARS", 8000)
     monkeypatch.setattr(rows, "MAX_READ", 8000)
-    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    with pytest.raises(DataError, match=f"{name}.*{words}"):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=f"{name}.*{words}|{words}.*{name}"):
         list(iter_texts(tmp_path / name))
 
 

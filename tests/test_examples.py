@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import http.client
 import importlib.util
 import json
+import os
+import queue
 import random
+import socket
 import sys
 import threading
+import time
+import types
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,34 +61,142 @@ def test_texts_and_conversations_get_the_librarys_rewards_in_any_company(pair):
 
 
 @pytest.fixture(scope="module")
-def ask(pair):
+def port(pair):
+    found, stop = queue.Queue(), threading.Event()
+
+    async def run():
+        task = asyncio.create_task(serve.serve(*pair, port=0, ready=found.put))
+        await asyncio.to_thread(stop.wait)
+        task.cancel()
+
+    thread = threading.Thread(target=lambda: asyncio.run(run()))
+    thread.start()
+    yield found.get(timeout=30)
+    stop.set()
+    thread.join(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def ask(port):
     """Call the running server: (status, answer)."""
-    server = serve.make_server(*pair, port=0)
-    threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-
     def call(method, path, body=None, **headers):
-        connection = http.client.HTTPConnection("127.0.0.1", server.server_port, timeout=30)
-        connection.request(method, path, body, headers)
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        connection.request(method, path, body, {"Content-Type": "application/json", **headers})
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        return answer.status, json.loads(answer.read() or "null")
 
-    yield call
-    server.shutdown()
-    server.server_close()
+    return call
 
 
 def test_the_endpoint_answers_as_openrlhf_expects(pair, ask):
     status, answer = ask("POST", "/get_reward", json.dumps({"query": TALKS, "prompts": ["x"] * 5}))
     assert status == 200 and set(answer) == {"rewards", "scores", "extra_logs"}
     np.testing.assert_allclose(answer["rewards"], score(*pair, TALKS).rewards, atol=1e-5)
+    assert ask("POST", "/get_reward", '{"query": []}') == (200, {"rewards": [], "scores": [], "extra_logs": {}})
     assert ask("GET", "/health")[1]["model"] == "SarmForSequenceClassification"
     assert ask("GET", "/x")[0] == ask("POST", "/x", "{}")[0] == 404
-    assert ask("POST", "/get_reward", b"", **{"Content-Length": str(10**9)})[0] == 413  # and is never read
+
+
+def test_fifty_clients_get_their_own_rewards_from_shared_batches(pair, ask, monkeypatch):
+    sizes, work = [], serve.Batches.score
+    monkeypatch.setattr(serve.Batches, "score", lambda *one: sizes.append(len(one[1])) or work(*one))
+    wanted = score(*pair, TALKS).rewards
+    asked = [i % 5 for i in range(500)]
+    with ThreadPoolExecutor(50) as clients:
+        found = list(clients.map(lambda i: ask("POST", "/get_reward", json.dumps({"query": [TALKS[i]]})), asked))
+    for talk, (status, answer) in zip(asked, found, strict=True):
+        assert status == 200 and answer["rewards"] == pytest.approx([wanted[talk]], abs=1e-5)
+    assert sum(sizes) == 500 and max(sizes) > 5  # what came together was scored together
+
+
+def test_fifty_clients_of_openrlhf_itself_get_their_rewards(pair, port, monkeypatch):
+    if not (folder := os.environ.get("SARMLIB_OPENRLHF")):
+        pytest.skip("SARMLIB_OPENRLHF names no folder with OpenRLHF's source")
+    pytest.importorskip("aiohttp")
+    for name in ("openrlhf", "openrlhf.utils"):  # its package as a whole needs deepspeed and ray
+        package = types.ModuleType(name)
+        package.__path__ = [str(Path(folder, *name.split(".")))]
+        monkeypatch.setitem(sys.modules, name, package)
+    client = importlib.import_module("openrlhf.utils.agent").SingleTurnAgentExecutor(
+        f"http://127.0.0.1:{port}/get_reward")
+    texts, wanted = [render(pair[1], talk) for talk in TALKS], score(*pair, TALKS).rewards
+
+    async def run():
+        together = asyncio.Semaphore(50)
+
+        async def one(i):
+            async with together:
+                return await client._fetch_rewards_via_http([texts[i % 5]], ["prompt"], ["label"])
+
+        return await asyncio.gather(*map(one, range(500)))
+
+    for i, [answer] in enumerate(asyncio.run(run())):
+        assert answer["rewards"] == pytest.approx([wanted[i % 5]], abs=1e-5)
+
+
+def served(ask) -> bool:
+    """Whether a connection is taken."""
+    try:
+        return ask("GET", "/health")[0] == 200
+    except (OSError, http.client.HTTPException):
+        return False
+
+
+def until(what, seconds: float = 20) -> bool:
+    end = time.monotonic() + seconds
+    while not (found := what()) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
+def test_the_endpoint_bounds_connections_bodies_and_slow_senders(port, ask, monkeypatch, capfd, caplog):
+    monkeypatch.setattr(serve, "MAX_CONNECTIONS", 20)
+    head = b"POST /get_reward HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    slow = [socket.create_connection(("127.0.0.1", port)) for _ in range(40)]
+    for number, one in enumerate(slow):  # some never end their head, some their body
+        with contextlib.suppress(OSError):
+            one.sendall(head if number % 2 else head + b"Content-Length: 900000\r\n\r\n{")
+    assert until(lambda: not served(ask))
+    for one in slow:
+        one.close()
+    assert until(lambda: served(ask))
+    body = json.dumps({"query": TALKS}).encode()
+    with socket.create_connection(("127.0.0.1", port)) as one:  # leaves without waiting
+        one.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+    assert ask("GET", "/health")[0] == 200
+    assert ask("POST", "/get_reward", b"", **{"Content-Length": str(10**9)})[0] == 400  # and is never read
+    said = capfd.readouterr()
+    assert "Traceback" not in said.out + said.err + caplog.text
+
+
+def test_what_nobody_waits_for_is_not_scored(pair, monkeypatch):
+    scored = []
+    monkeypatch.setattr(serve.Batches, "score", lambda self, requests: scored.extend(requests) or requests)
+
+    async def run():
+        batches = serve.Batches(*pair, 64)
+        one, other = (serve.Waiting([name], asyncio.get_running_loop().create_future()) for name in "ab")
+        for waiting in (one, other):
+            batches.queue.put_nowait(waiting)
+        one.answer.cancel()
+        task = asyncio.create_task(batches.run())
+        assert await asyncio.wait_for(other.answer, 10) == ["b"]
+        task.cancel()
+
+    asyncio.run(run())
+    assert scored == [["b"]]
+
+
+@pytest.mark.parametrize("headers, status", [
+    ({"Host": "evil.example"}, 421), ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415)])
+def test_pages_of_other_sites_cannot_ask(ask, headers, status):
+    found, answer = ask("POST", "/get_reward", json.dumps({"query": TALKS}), **headers)
+    assert found == status and answer["error"]
 
 
 @pytest.mark.parametrize("body, status", [
     (b"", 400), (b"{", 400), (b"[1]", 400), (b'{"prompts": []}', 400), (b"\xff\xfe", 400), (b"[" * 4000, 400),
-    (b'{"query": "one text"}', 422), (b'{"query": []}', 422), (b'{"query": [3]}', 422), (b'{"query": [[]]}', 422),
+    (b'{"query": "one text"}', 422), (b'{"query": [3]}', 422), (b'{"query": [[]]}', 422),
     (b'{"query": [""]}', 422), (json.dumps({"query": ["w1"] * 513}).encode(), 413)])
 def test_bad_requests_get_a_sentence_and_a_4xx(ask, body, status):
     found, answer = ask("POST", "/get_reward", body)

@@ -2,14 +2,15 @@
 
 import pytest
 import torch
-import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModel, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from sarmlib.backbone import load_backbone, load_tokenizer, strip_final_norm
+from sarmlib.backbone import load_backbone, load_tokenizer
 from sarmlib.errors import ConfigError, DataError
 from sarmlib.extractor import ActivationExtractor, position_rule
 from tests.helpers import shared_path
+from tests.test_sarm_model import config_of
+from tests.tiny import tiny_backbone
 
 WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", ".", "!", "?", "…", '."', ".)", ".\n\n", ";", ":", ",", ".com",
          "!=", "3.14", "?!", "Ġ.", "Ġ;", "。", '"', ")", "a."]
@@ -22,46 +23,28 @@ def word_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=core, **special)
 
 
-def tiny_backbone(family="Llama", context=64, **extra):
-    sizes = dict(vocab_size=40, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
-    sizes |= dict(max_position_embeddings=context, pad_token_id=0, bos_token_id=1, eos_token_id=2)
-    torch.manual_seed(0)
-    model = AutoModel.from_config(getattr(transformers, f"{family}Config")(**sizes, **extra)).eval()
-    strip_final_norm(model)
-    return model
-
-
 def documents(count=60, low=1, high=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
     return [torch.randint(3, len(WORDS), (length,), generator=generator).tolist() for length in lengths]
 
 
-def one_by_one(backbone, rule, docs):
-    """Reference: every document alone."""
-    ids = [torch.tensor([document]) for document in docs]
-    with torch.no_grad():
-        return torch.cat([backbone(one).last_hidden_state[0, rule(one, torch.ones_like(one))[0]] for one in ids])
-
-
 def as_set(states):
     return torch.stack(sorted(states.double(), key=lambda row: row.tolist()))
 
 
-@pytest.mark.parametrize(
-    "family, extra, packed",
-    [("Llama", {}, True), ("Mistral", dict(num_key_value_heads=1, sliding_window=8), True), ("GPTNeoX", {}, True),
-     ("Gemma2", dict(head_dim=8, sliding_window=8, num_key_value_heads=1), True), ("Bloom", {}, False)],
-)
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "GPTNeoX", "Gemma2", "Bloom"])
 @pytest.mark.parametrize("rule", ["sentence_end", "last", "every"])
-def test_equals_one_document_at_a_time(family, extra, packed, rule):
+def test_equals_one_document_at_a_time(family, rule):
     tokenizer, docs = word_tokenizer(), documents()
-    backbone = tiny_backbone(family, **extra)
+    backbone = tiny_backbone(config_of(family, 8, hidden_size=16, intermediate_size=32, num_hidden_layers=2))
     extractor = ActivationExtractor(backbone, tokenizer, rule, window=48, batch_size=3)
-    assert extractor.packed is packed
+    assert extractor.packed is (family != "Bloom")
     got = extractor.collect(docs)
     assert torch.equal(got, ActivationExtractor(backbone, tokenizer, rule, window=48, batch_size=3).collect(docs))
-    wanted = one_by_one(backbone, position_rule(tokenizer, rule), docs)
+    select, ids = position_rule(tokenizer, rule), [torch.tensor([document]) for document in docs]
+    with torch.no_grad():
+        wanted = torch.cat([backbone(one).last_hidden_state[0, select(one, torch.ones_like(one))[0]] for one in ids])
     torch.testing.assert_close(as_set(got), as_set(wanted), atol=2e-6, rtol=0)
     stats = extractor.stats.summary()
     assert (stats["documents"], stats["vectors"], stats["tokens"]) == (60, len(wanted), sum(map(len, docs)))

@@ -4,6 +4,7 @@ import socket
 import subprocess
 import sys
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from huggingface_hub import constants
@@ -17,31 +18,16 @@ from tests.tiny import tiny_config, tiny_sarm
 COMMIT = "7" * 40
 
 
-@pytest.fixture
-def online(monkeypatch):
-    """Sets the exception with which the hub answers, if any."""
+def test_access_is_granted_refused_or_out_of_reach(monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "reachable", lambda: True)
-
-    def answer(error=None):
-        def repo_info(self, *args, **kwargs):
-            if error:
-                raise error
-
-        monkeypatch.setattr("huggingface_hub.HfApi.repo_info", repo_info)
-
-    return answer
-
-
-def test_access_is_granted_refused_or_out_of_reach(online, monkeypatch):
-    online()
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", answer := Mock())
     assert hub.check_access("a/b") is None and hub.check_access("a/b", COMMIT, "dataset") is None
-    refused = OSError()
-    refused.response = SimpleNamespace(status_code=404)
-    online(refused)
+    answer.side_effect = OSError()
+    answer.side_effect.response = SimpleNamespace(status_code=404)
     with pytest.raises(DataError, match="refuses model 'a/b'.*404"):
         hub.check_access("a/b", COMMIT)
-    online()
+    answer.side_effect = None
     monkeypatch.setattr(hub, "reachable", lambda: False)
     with pytest.raises(OfflineError, match="dataset 'a/b'.*local folder"):
         hub.check_access("a/b", COMMIT, "dataset")

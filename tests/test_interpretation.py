@@ -18,13 +18,7 @@ from sarmlib.data.toyworld.tokenizer import build_tokenizer
 from sarmlib.evaluation.statistics import auroc
 from sarmlib.extractor import position_rule
 from sarmlib.interpretation.contexts import Contexts, prompt_split, sentence_contexts
-from sarmlib.interpretation.explainers import (
-    PRIOR,
-    KeywordExplainer,
-    Label,
-    Vocabulary,
-    log_odds,
-)
+from sarmlib.interpretation.explainers import PRIOR, KeywordExplainer, Label, Vocabulary, log_odds
 from sarmlib.interpretation.ground_truth import match_concepts, shuffled_concepts
 from sarmlib.interpretation.judges import KeywordJudge, auroc_bootstrap, held_out_sample, judge_labels
 from sarmlib.interpretation.llm import DETECT, LLMExplainer, LLMJudge, fence, read_json
@@ -89,17 +83,11 @@ TALKS = [[{"role": "user", "content": "You see goats. You see pens."}, {"role": 
                       "Gladly.\n# Answer\n- You see doctors there.\n- This is known to most people here.")]
 
 
-@pytest.fixture(scope="module")
-def reader():
+def test_every_firing_sentence_of_the_answer_is_found_by_hand():
     tokenizer = build_tokenizer(4000)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
-                         num_attention_heads=2, num_key_value_heads=2, initializer_range=0.3,
-                         pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
-    return tiny_sarm(config).eval(), tokenizer
-
-
-def test_every_firing_sentence_of_the_answer_is_found_by_hand(reader):
-    model, tokenizer = reader
+    model = tiny_sarm(LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        initializer_range=0.3, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id))
     table = sentence_contexts(model, tokenizer, TALKS, range(model.config.n_features), per_decile=100)
     rule, expected = position_rule(tokenizer), {}
     for number, talk in enumerate(TALKS):

@@ -22,15 +22,6 @@ LOCK = [Requirement(line) for line in (ROOT / "requirements.lock").read_text().s
 TARGETS = ["setup", "reproduce", "test", "notebooks", "figures", "report", "backbone", "verify"]
 
 
-def own_files() -> list[Path]:
-    """Files under version control, or that could be."""
-    command = ["git", "ls-files", "-co", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
-        pytest.skip("the checkout is not under git")
-    return [ROOT / name for name in listed.stdout.splitlines() if (ROOT / name).is_file()]
-
-
 def name(requirement: Requirement) -> str:
     return re.sub(r"[-_.]+", "-", requirement.name).lower()
 
@@ -83,8 +74,12 @@ def test_no_file_names_a_package_registry_or_somebodys_machine():
     hosts = ["py" + "pi.org", "python" + "hosted.org", "download." + "pytorch.org", "ana" + "conda.org",
              "ana" + "conda.com"]
     paths = re.compile("(?<![\\w.])/(?:ho" + "me/[a-z]|Us" + "ers/[a-z]|ro" + "ot/|wo" + "rk/)", re.I)
+    command = ["git", "ls-files", "-co", "--exclude-standard"]  # under version control, or could be
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("the checkout is not under git")
     problems = []
-    for path in own_files():
+    for path in filter(Path.is_file, map(ROOT.joinpath, listed.stdout.splitlines())):
         assert path.stat().st_size <= 6_000_000, f"{path} is too large for version control"
         text = path.read_bytes().decode("utf-8", "ignore")
         problems += [f"{path.relative_to(ROOT)} names {host}" for host in hosts if host in text]

@@ -8,15 +8,7 @@ import pandas as pd
 import pytest
 
 from sarmlib.data.benchmarks import load_rewardbench2, load_rm_bench
-from sarmlib.data.pairs import (
-    drop_contaminated,
-    drop_identical,
-    load_conversations,
-    load_pairs,
-    normalise,
-    split_by_prompt,
-    user_turns,
-)
+from sarmlib.data.pairs import drop_contaminated, drop_identical, load_conversations, load_pairs, split_by_prompt
 from sarmlib.errors import ConfigError, DataError, OfflineError
 from tests.helpers import shared_path
 from tests.tiny import conversation, tiny_tokenizer
@@ -86,7 +78,7 @@ def test_files_of_every_kind_and_a_folder_of_them(tmp_path):
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
     pd.DataFrame(rows).to_parquet(tmp_path / "e.parquet")
     pairs = load_pairs(tmp_path)
-    assert [user_turns(p) for p in pairs] == [["Name a prime."], ["Ünï\u2028code?"]] * 3
+    assert [p["prompt"][0]["content"] for p in pairs] == ["Name a prime.", "Ünï\u2028code?"] * 3
     assert [p["chosen"] for p in pairs[1::2]] == ["2026-01-01"] * 3  # stays text
     assert pairs.report.read == pairs.report.kept == len({p["id"] for p in pairs}) == 6
     assert pairs[3]["id"] == f"{tmp_path.name}/b.jsonl.gz:2"
@@ -116,7 +108,7 @@ def test_answers_that_are_the_same_tokens_are_dropped():
 def test_split_keeps_prompts_whole_and_ignores_order():
     pairs = [pair(f"Question {i % 300}?", i) for i in range(900)]
     train, held = split_by_prompt(pairs, 0.2, seed=1)
-    assert not {normalise(user_turns(p)[0]) for p in train} & {normalise(user_turns(p)[0]) for p in held}
+    assert not {p["prompt"][0]["content"] for p in train} & {p["prompt"][0]["content"] for p in held}
     assert len(train) + len(held) == 900 and 0.12 < len(held) / 900 < 0.28
     assert [p["id"] for p in held][:4] == ["2", "7", "10", "20"]  # as ever
     assert split_by_prompt(pairs[::-1], 0.2, seed=1)[1] == held[::-1] != split_by_prompt(pairs, 0.2, seed=2)[1]

@@ -5,6 +5,8 @@ import json
 import random
 import re
 import shutil
+import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from sarmlib.errors import ConfigError, DataError, NotMadeError
 from sarmlib.evaluation.scorer import score
 from sarmlib.pipeline import Run
 from sarmlib.profiles import VARIANTS, load_profile
+from sarmlib.sae import training
 from sarmlib.store import Artifact, hash_file
 from tests.fake_llm import FakeLLM
 from tests.miniature import miniature, save_backbone
@@ -163,6 +166,52 @@ def test_states_above_the_budget_are_streamed_and_the_held_out_ones_come_first(b
     texts = list(itertools.islice(run.texts(0), meta["documents"]))
     expected = pipeline._extractor(run, "sentence_end").collect(texts, pipeline.HELD_OUT)
     assert torch.equal(vectors["held_out"], expected)
+
+
+def test_a_killed_training_on_a_stream_computes_no_state_twice(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(pipeline, "SAETrainConfig", partial(training.SAETrainConfig, checkpoint_every=2))
+    monkeypatch.setattr(training, "BUFFER", 128)
+    monkeypatch.setattr(pipeline, "_ahead", iter)  # so that what is computed is what is used
+    steps, forwards = training._Trainer.train_step, []
+    forward = pipeline.ActivationExtractor._forward
+    monkeypatch.setattr(pipeline.ActivationExtractor, "_forward", lambda *one: forwards.append(1) or forward(*one))
+
+    def killed(trainer, batch):
+        if trainer.step == 7:
+            raise KeyboardInterrupt
+        return steps(trainer, batch)
+
+    found = {}
+    for name in ("whole", "killed"):
+        small = {"corpus__window": 32, "corpus__batch_size": 1, "sae__steps": None}
+        run = Run(miniature(backbone, corpus__budget_gb=0, **small), root=tmp_path / name)
+        run.activations("sentence_end")
+        if name == "killed":
+            with monkeypatch.context() as death, pytest.raises(KeyboardInterrupt):
+                death.setattr(training._Trainer, "train_step", killed)
+                run.sae("sentence_end", 0)
+        forwards.clear()
+        found[name] = run.load_sae("sentence_end", 0).content_hash(), len(forwards)
+    assert found["killed"][0] == found["whole"][0] and found["killed"][1] < found["whole"][1] / 2
+
+
+def test_states_are_computed_while_the_last_ones_are_used():
+    third, fourth = threading.Event(), threading.Event()
+
+    def states():
+        yield from ("first", "next!")
+        third.set()
+        yield "third"
+        fourth.set()
+        raise DataError("bad text")
+
+    items = pipeline._ahead(states(), rows=10)
+    assert next(items) == "first" and third.wait(10) and not fourth.wait(0.1)  # two of five rows, and no further
+    with pytest.raises(DataError, match="bad text"):
+        assert list(items) == ["next!", "third"]
+    items = pipeline._ahead(iter(["a", "b", "c"]))
+    assert next(items) == "a" and items.close() is None  # which waits for its thread
+    assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
 
 
 def test_plan_puts_every_job_after_those_it_waits_for(backbone, tmp_path):

@@ -44,7 +44,8 @@ def test_a_profile_plans_its_own_variants_only(name, variants, stages):
 
 
 def test_a_decoder_that_is_not_made_is_named_with_the_command_that_makes_it():
-    with pytest.raises(ConfigError, match="with `make nosuch`"):
+    assert backbone_path(load_profile("toy", **{"backbone.source": "a/b"})) == "a/b"
+    with pytest.raises(ConfigError, match="make it with `make nosuch`"):
         backbone_path(load_profile("toy", **{"backbone.source": "models/nosuch"}))
     source = load_profile("smollm2", data=ROOT).backbone.source
     assert f"\n{source.removeprefix('models/')}: " in (ROOT / "Makefile").read_text()

@@ -10,7 +10,6 @@ from pydantic import ValidationError
 
 from sarmlib import profiles
 from sarmlib.errors import ConfigError, DataError
-from sarmlib.plan import backbone_path
 from sarmlib.profiles import Profile, load_profile, profile_names
 from tests.helpers import shared_path
 
@@ -36,12 +35,14 @@ def plain(text: str) -> str:
     return re.sub(r"\s+", " ", text.replace("“", '"').replace("”", '"')).strip()
 
 
-def test_every_profile_of_the_design_loads():
+def test_every_profile_of_the_design_loads_and_has_a_reason_for_every_departure():
     assert NAMES <= set(profile_names())
     for name in profile_names():
         profile = load(name)
         assert profile.name == name and profile.description and profile.hardware and profile.cost
         hash(profile)  # frozen all the way down
+        assert all(why for _, paper, _, why in profile.diff_from_paper() if paper != "not stated"), name
+        assert {setting for setting, _ in profile.reasons} <= {"all", *profiles.STATED}, name
     toy = load("toy")
     assert toy.device == "cpu" and toy.workers == 2 and len(toy.seeds) == 3
     assert load("released").variants == ()  # trains nothing
@@ -64,13 +65,6 @@ def test_departures_are_listed_and_defaults_are_the_papers():
     rest = Profile(name="x", description="", hardware="", cost="", interpretation=llm).diff_from_paper()
     assert len(rest) >= 10 and {paper for _, paper, *_ in rest} == {"not stated"}
     assert ("sae.steps", "not stated", "one pass over the vectors", "") in rest
-
-
-@pytest.mark.parametrize("name", sorted(NAMES))
-def test_every_departure_has_its_reason(name):
-    profile = load(name)
-    assert all(why for _, paper, _, why in profile.diff_from_paper() if paper != "not stated")
-    assert {setting for setting, _ in profile.reasons} <= {"all", *profiles.STATED}
 
 
 def test_k_and_width_follow_the_papers_rule():
@@ -156,9 +150,3 @@ def test_local_profile_asks_for_its_folder(tmp_path, monkeypatch):
     assert local.folder("pairs") == tmp_path.resolve() / "pairs" and local.folder("rm_bench") is None
     with pytest.raises(DataError, match="no folder corpus/"):
         local.folder("corpus")
-
-
-def test_a_decoder_that_has_not_been_made_names_its_command():
-    assert backbone_path(load("toy", **{"backbone.source": "a/b"})) == "a/b"
-    with pytest.raises(ConfigError, match="make it with `make absent`"):
-        backbone_path(load("smollm2", **{"backbone.source": "models/absent"}))

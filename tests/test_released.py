@@ -14,12 +14,10 @@ from sarmlib.sarm.released import load_released, official_settings, save_officia
 from tests.helpers import shared_path
 from tests.tiny import ROWS, padded, tiny_sarm
 
-GOLDEN = "data/golden/sarm_official_tiny"
-
 
 @pytest.fixture(scope="module")
 def golden():
-    folder = shared_path(GOLDEN)
+    folder = shared_path("data/golden/sarm_official_tiny")
     return folder, json.loads((folder / "inputs.json").read_text()), json.loads((folder / "expected.json").read_text())
 
 
@@ -108,13 +106,17 @@ def test_three_training_steps_equal_the_released_code(golden, mode, topk, traine
 
 def test_base_and_sae_file_give_the_released_features(golden, models):
     """The authors' merge: first l layers of a base model, an SAE file, a zero head."""
-    base, inputs, _ = golden[0] / "base", *golden[1:]
+    base, inputs, expected = golden[0] / "base", *golden[1:]
     sae = load_official(base / "sae_sequence_Latent1024_Layer4_K3_tiny.pt")
+    assert (sae.k, sae.relu, sae.normalizes, sae.n_features) == (3, False, True, 1024)
     merged = SarmForSequenceClassification.from_backbone_and_sae(base, sae, layer=4)
-    case = batch_of(inputs, "batch_right_pad")
-    ours, theirs = merged(*case), models[True](*case)
+    assert merged.sae_hash() == sae.content_hash() == models[True].sae_hash()
+    ours, theirs = (model(*batch_of(inputs, "batch_right_pad")) for model in (merged, models[True]))
     assert torch.equal(ours.code.indices, theirs.code.indices) and torch.equal(ours.hidden, theirs.hidden)
-    assert not ours.logits.any() and merged.sae_hash() == sae.content_hash()
+    assert not ours.logits.any()
+    for name, case in expected["cases"].items():
+        wanted = torch.tensor([row["hidden_last"] for row in case["rows"]])
+        torch.testing.assert_close(merged(*batch_of(inputs, name)).hidden, wanted, atol=1e-5, rtol=0)
 
 
 def test_our_own_model_in_the_official_layout(tmp_path):

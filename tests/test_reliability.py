@@ -90,7 +90,7 @@ def test_a_wheel_reproduces_without_a_checkout(tmp_path):
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
                     "--wheel-dir", tmp_path, source], check=True)
     wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))
-    suffixes = (".py", ".yaml", ".toml", ".html", ".css", ".safetensors")
+    suffixes = (".py", ".yaml", ".toml", ".csv", ".html", ".css", ".safetensors")
     wanted = {p.relative_to(ROOT).as_posix() for p in (ROOT / "sarmlib").rglob("*") if p.suffix in suffixes}
     assert wanted - set(wheel.namelist()) == set()
     assert not [name for name in wheel.namelist() if name.startswith(("tests/", "tools/", "notebooks/"))]

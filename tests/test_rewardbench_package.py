@@ -7,6 +7,7 @@ That environment needs torch and transformers (RewardBench pins 4.57.6), and for
 
 import json
 import os
+import random
 import subprocess
 
 import numpy as np
@@ -19,7 +20,7 @@ from sarmlib.sarm.model import export_with_code
 from tests.helpers import ROOT
 from tests.test_sarm_model import FAMILIES
 from tests.test_scorer import bos_tokenizer
-from tests.tiny import ROWS, conversation, padded, tiny_sarm
+from tests.tiny import ROWS, conversation, padded, tiny_sarm, words
 
 TALKS = [conversation("w3 w4", "w5"), conversation("w6", "w7 w8 w9 w10 w11"), conversation("w12 w13 w14", "")]
 
@@ -58,3 +59,35 @@ def test_another_transformers_and_the_pipeline_of_rewardbench_give_the_same_rewa
     assert not found["sarmlib"] and len(found["rewards"]) == 3
     for wanted, got in zip([*ours, *piped], [*found["rewards"], *found["pipeline"]], strict=True):
         np.testing.assert_allclose(got, wanted, atol=1e-6 * (1 + abs(wanted).max()), rtol=0)
+
+
+COMMAND = """
+import sys, torch, transformers
+if not torch.cuda.is_available():  # its batches go to "cuda" without asking
+    transformers.BatchEncoding.to = lambda self, device: self
+from rewardbench.rewardbench import main
+main()
+"""
+
+
+def test_the_command_of_rewardbench_scores_a_folder_as_we_do(tmp_path):
+    if not (python := os.environ.get("SARMLIB_OTHER_PYTHON")):
+        pytest.skip("SARMLIB_OTHER_PYTHON names no interpreter with another transformers")
+    if subprocess.run([python, "-c", "import rewardbench"], capture_output=True, cwd=tmp_path).returncode:
+        pytest.skip("its environment has no rewardbench, which needs transformers 4.51 and trl 0.15")
+    model, tokenizer, rng = tiny_sarm(), bos_tokenizer(), random.Random(0)
+    save_tokenizer(tokenizer, export_with_code(model, tmp_path / "model"))
+    talks = [(conversation(prompt := words(rng, 3, 6), words(rng, 3, 9)), conversation(prompt, words(rng, 3, 9)))
+             for _ in range(40)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
+        {"prompt": one[0]["content"], "chosen": one, "rejected": other}) + "\n" for one, other in talks))
+    done = subprocess.run(
+        [python, "-c", COMMAND, "--model", tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "--load_json",
+         "--trust_remote_code", "--torch_dtype", "float32", "--not_quantized", "--save_all", "--output_dir", tmp_path],
+        text=True, capture_output=True, cwd=tmp_path, env=os.environ | {
+            "PYTHONPATH": "", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "c")})
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [json.loads(line) for line in next(tmp_path.rglob("*_all.jsonl")).read_text().splitlines()]
+    found = [value for line in lines for value in line.values()]  # chosen, rejected
+    wanted = score(model, tokenizer, [talk for pair in talks for talk in pair]).rewards
+    np.testing.assert_allclose(np.ravel(found), wanted, atol=1e-5)

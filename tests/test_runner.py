@@ -10,7 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from sarmlib import runner
+from sarmlib import jobs, runner
 from sarmlib.errors import ConfigError, SarmlibError
 from sarmlib.runner import run_notebooks
 
@@ -130,3 +130,10 @@ def test_the_line_says_where_a_run_is_and_how_long_it_has_taken():
     assert "jobs done" in str(line)
     line.begin()
     assert str(line) == "01_a (1 of 5), 02:31, cell 2 of 22"
+
+
+def test_the_time_left_waits_for_a_finished_job_of_each_stage(monkeypatch):
+    monkeypatch.setattr(jobs.time, "perf_counter", lambda: 100.0)
+    todo, took, began = [("sae", 1), ("sae", 2)], {("sae", 0): 60.0}, {("sae", 1): 80.0}
+    assert jobs._left(todo, took, began, workers=2) == ", about 00:50 to go"  # (60 - 20 + 60) / 2
+    assert jobs._left([*todo, ("scores", 0)], took, began, 2) == jobs._left([], took, began, 2) == ""

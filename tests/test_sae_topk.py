@@ -105,15 +105,6 @@ def test_half_precision_states_are_encoded_in_float32(dtype):
     assert close.float().mean() > 0.7  # rounding may swap features at the k-th place
 
 
-def test_a_half_precision_gradient_under_autocast_reaches_a_float32_encoder():
-    sae, state = make(encoder_bias=True), states(6, 8).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        rewards = torch.nn.functional.linear(sae.encode(state).dense(), torch.ones(1, 32))
-    assert rewards.dtype == torch.bfloat16
-    rewards.sum().backward()
-    assert state.grad.dtype == torch.bfloat16 and state.grad.abs().sum() > 0 and sae.W_enc.grad.dtype == torch.float32
-
-
 def test_sparse_code_forms_agree():
     sae = make(k=20)
     code = sae.encode(states(2, 3, 8))

@@ -13,14 +13,7 @@ from sarmlib.pipeline import Run
 from sarmlib.sae import training
 from sarmlib.sae.topk import TopKSAE
 from sarmlib.sae.training import SAETrainConfig, train_sae
-from sarmlib.sarm.training import (
-    RewardTrainConfig,
-    RewardTrainer,
-    bradley_terry,
-    collate_pairs,
-    encode_pairs,
-    encoder_hash,
-)
+from sarmlib.sarm import training as T
 from sarmlib.store import write_json
 from tests.helpers import two_ranks
 from tests.miniature import miniature, save_backbone
@@ -94,10 +87,10 @@ def whole(folder) -> None:
     """A training of 5 steps, and one resumed at step 4; the process of rank 0 writes weights and metrics."""
     states = []
     for resume in (None, True):
-        config = RewardTrainConfig(lr=3e-3, batch_size=8, epochs=1, warmup_ratio=0.0, seed=1, use_cpu=True,
-                                   save_every=2, gradient_checkpointing=True)
-        trainer = RewardTrainer(tiny_sarm(head=0.1), tiny_tokenizer(), tiny_pairs(40), tiny_pairs(12, 9), config,
-                                folder / "whole")
+        config = T.RewardTrainConfig(lr=3e-3, batch_size=8, epochs=1, warmup_ratio=0.0, seed=1, use_cpu=True,
+                                     save_every=2, log_every=2, gradient_checkpointing=True)
+        trainer = T.RewardTrainer(tiny_sarm(head=0.1), tiny_tokenizer(), tiny_pairs(40), tiny_pairs(12, 9), config,
+                                  folder / "whole")
         trainer.train(resume)
         states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
@@ -124,25 +117,25 @@ def sharded(folder) -> None:
     from torch.distributed.fsdp import fully_shard
 
     init_process_group("gloo")
-    model, before = tiny_sarm(head=0.1), encoder_hash(tiny_sarm(head=0.1))
+    model, before = tiny_sarm(head=0.1), T.encoder_hash(tiny_sarm(head=0.1))
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
     train(model, [[batch] for batch in batches()[get_rank()::2]])
     rewards = score_ids(model, sequences())[0]
-    assert encoder_hash(model) == before
+    assert T.encoder_hash(model) == before
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if get_rank() == 0:
         torch.save(state | {"rewards": torch.tensor(rewards)}, folder / "sharded.pt")
 
 
 def batches() -> list:
-    pairs = encode_pairs(tiny_tokenizer(), tiny_pairs(24), 64)
-    return [collate_pairs(pairs[i:i + 4]) for i in range(0, 24, 4)]
+    pairs = T.encode_pairs(tiny_tokenizer(), tiny_pairs(24), 64)
+    return [T.collate_pairs(pairs[i:i + 4]) for i in range(0, 24, 4)]
 
 
 def sequences() -> list:
-    return [pair["chosen"] for pair in encode_pairs(tiny_tokenizer(), tiny_pairs(8, 1), 64)]
+    return [pair["chosen"] for pair in T.encode_pairs(tiny_tokenizer(), tiny_pairs(8, 1), 64)]
 
 
 def train(model, parts) -> None:
@@ -150,7 +143,7 @@ def train(model, parts) -> None:
     for part in parts:
         for batch in part:
             rewards = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-            (bradley_terry(*rewards.chunk(2)).mean() / len(part)).backward()
+            (T.bradley_terry(*rewards.chunk(2)).mean() / len(part)).backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -18,15 +18,23 @@ from tests.tiny import ROWS, VOCAB, padded, tiny_backbone, tiny_config, tiny_sar
 
 SIZES = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, vocab_size=VOCAB,
              pad_token_id=0, bos_token_id=2, eos_token_id=5, max_position_embeddings=128)
-GROUPED = dict(**SIZES, num_key_value_heads=2, head_dim=8)
+GROUPED = ("Qwen2", "Qwen3", "Mistral", "Gemma2", "Gemma3Text")
 ROPE = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
             original_max_position_embeddings=32)
+
+
+def config_of(family: str, window: int = 64, **sizes):
+    """A small decoder of any family; the grouped ones share keys and values among heads, most within a window."""
+    extra = dict(num_key_value_heads=2, head_dim=8, sliding_window=window) if family in GROUPED else {}
+    return getattr(transformers, f"{family}Config")(**SIZES | sizes, **extra)
+
+
 FAMILIES = {
     "llama": lambda: tiny_config(4, rope_scaling=ROPE),
-    "qwen3": lambda: transformers.Qwen3Config(**GROUPED),
-    "mistral": lambda: transformers.MistralConfig(**GROUPED, sliding_window=4),
-    "gemma3": lambda: transformers.Gemma3TextConfig(**GROUPED, sliding_window=4),
-    "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
+    "qwen3": lambda: config_of("Qwen3"),
+    "mistral": lambda: config_of("Mistral", 4),
+    "gemma3": lambda: config_of("Gemma3Text", 4),
+    "gpt_neox": lambda: config_of("GPTNeoX"),
 }
 
 
@@ -51,17 +59,6 @@ def test_every_family_rewards_the_residual_stream_after_layer_l(family, tmp_path
     model.save_pretrained(tmp_path / "sarm")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "sarm")
     assert torch.equal(again(*padded(ROWS)).logits, model(*padded(ROWS)).logits)
-
-
-def test_reward_is_the_sum_of_contributions_and_the_head_starts_at_zero():
-    model = tiny_sarm()
-    output = model(*padded(ROWS))
-    by_hand = (output.code.dense() * model.score.weight[0]).sum(-1, keepdim=True)
-    torch.testing.assert_close(output.logits, by_hand)
-    assert (output.code.values >= 0).all() and (output.code.dense() > 0).sum(-1).max() <= 4
-    assert torch.equal(model.reward_state(*padded(ROWS)), output.hidden)
-    fresh = SarmForSequenceClassification.from_backbone_and_sae(tiny_backbone(), TopKSAE(32, 64, 4))
-    assert not fresh.score.weight.any() and not SarmForSequenceClassification(fresh.config).score.weight.any()
 
 
 def test_without_a_mask_pads_are_found_by_id_unless_they_may_be_text():
@@ -98,8 +95,13 @@ def test_outputs_are_those_of_a_transformers_classifier(kind):
     plain = model(ids, mask, token_type_ids=ids)
     assert plain.loss is None and plain.hidden_states is None and torch.equal(plain.logits, output.logits)
     assert torch.equal(model(ids, mask, return_dict=False)[0], output.logits)
+    assert torch.equal(model.reward_state(ids, mask), output.hidden)
     output.loss.backward()
     assert model.score.weight.grad.any()
+    model.config.output_hidden_states = True
+    assert model(ids).hidden_states is not None and model(ids, output_hidden_states=False).hidden_states is None
+    model.config.return_dict = False
+    assert isinstance(model(ids), tuple)
 
 
 def test_loading_freezes_the_encoder_again_although_transformers_does_not(tmp_path):
@@ -171,7 +173,7 @@ def test_settings_that_the_checkpoint_does_not_have_are_refused(tmp_path, change
         SarmForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_random_encoder_is_frozen_and_drawn_by_seed_and_a_given_sae_is_copied():
+def test_random_encoder_is_frozen_and_drawn_by_seed_a_given_sae_is_copied_and_the_head_starts_at_zero():
     backbone, build = tiny_backbone(), SarmForSequenceClassification.from_backbone_with_random_encoder
     one, two, other = (build(backbone, n_features=64, k=4, seed=seed).sae_hash() for seed in (0, 0, 1))
     assert one == two != other
@@ -182,6 +184,7 @@ def test_random_encoder_is_frozen_and_drawn_by_seed_and_a_given_sae_is_copied():
     sae = TopKSAE(32, 64, 7)
     model = SarmForSequenceClassification.from_backbone_and_sae(backbone, sae)
     assert model.sae_hash() == sae.content_hash() and model.config.k == 7
+    assert not model.score.weight.any() and not SarmForSequenceClassification(model.config).score.weight.any()
     model.sae.W_enc.data[3, 7] += 1e-7 + model.sae.W_enc.data[3, 7].abs() * 1e-6
     assert model.sae_hash() != sae.content_hash() and not model.sae.W_enc.requires_grad
 
@@ -254,11 +257,3 @@ def test_a_head_that_others_replaced_is_called():
     torch.testing.assert_close(model(ids).logits, plain)
     model(ids).logits.sum().backward()
     assert model.score[0].weight.grad.any()
-
-
-def test_outputs_that_the_config_asks_for():
-    model, ids = tiny_sarm(), torch.tensor([[5, 6, 7]])
-    model.config.output_hidden_states = True
-    assert model(ids).hidden_states is not None and model(ids, output_hidden_states=False).hidden_states is None
-    model.config.return_dict = False
-    assert isinstance(model(ids), tuple)

@@ -1,21 +1,15 @@
 """Reward training: the loss, the data order, what is trained and at which precision, and exact resumption."""
 
 import json
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 
 from sarmlib.errors import ConfigError, DataError, ModelError
+from sarmlib.sarm import training as T
 from sarmlib.sarm.model import ScalarRewardConfig, ScalarRewardModel
-from sarmlib.sarm.training import (
-    LengthGroupedSampler,
-    RewardTrainConfig,
-    RewardTrainer,
-    bradley_terry,
-    encode_pairs,
-    pair_metrics,
-)
 from tests.tiny import tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer
 
 FAST = dict(lr=3e-3, batch_size=16, epochs=3, warmup_ratio=0.0, log_every=2, seed=1, use_cpu=True)
@@ -30,8 +24,8 @@ def same(one, other):
 
 
 def make(model=None, pairs=64, data_seed=0, output_dir=None, **settings):
-    return RewardTrainer(model or tiny_sarm(head=0.1), tiny_tokenizer(), tiny_pairs(pairs, data_seed),
-                         tiny_pairs(24, 9), RewardTrainConfig(**FAST | settings), output_dir)
+    return T.RewardTrainer(model or tiny_sarm(head=0.1), tiny_tokenizer(), tiny_pairs(pairs, data_seed),
+                           tiny_pairs(24, 9), T.RewardTrainConfig(**FAST | settings), output_dir)
 
 
 def trained(model=None, pairs=64, resume=None, **settings):
@@ -43,9 +37,9 @@ def trained(model=None, pairs=64, resume=None, **settings):
 def test_bradley_terry_is_equation_1():
     chosen, rejected = torch.tensor([1.0, -2.0]), torch.tensor([0.0, 3.0])
     wanted = -torch.log(1 / (1 + torch.exp(-(chosen - rejected))))
-    torch.testing.assert_close(bradley_terry(chosen, rejected), wanted)
-    assert torch.isfinite(bradley_terry(torch.tensor([-1e4]), torch.tensor([1e4]))).all()
-    metrics = pair_metrics(np.array([1.0, 0.0, -1.0]))
+    torch.testing.assert_close(T.bradley_terry(chosen, rejected), wanted)
+    assert torch.isfinite(T.bradley_terry(torch.tensor([-1e4]), torch.tensor([1e4]))).all()
+    metrics = T.pair_metrics(np.array([1.0, 0.0, -1.0]))
     loss = np.mean(np.log1p(np.exp([-1.0, 0.0, 1.0])))
     assert metrics == pytest.approx({"accuracy": 0.5, "margin": 0, "loss": loss})
 
@@ -64,14 +58,14 @@ def test_training_learns_the_preference_writes_no_files_and_prints_nothing(tmp_p
     assert capfd.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("frozen", "changed"), [(True, {"model", "score"}), (False, {"model", "sae", "score"})])
-def test_all_but_a_frozen_encoder_is_trained(frozen, changed):
-    model = tiny_sarm(head=0.1)
+@pytest.mark.parametrize(("frozen", "bf16"), [(True, False), (False, False), (False, True)])
+def test_all_but_a_frozen_encoder_is_trained(frozen, bf16):
+    model = tiny_sarm(head=0.1, encoder_bias=True)
     model.config.frozen_sae = frozen
     before = weights(model)
-    trained(model, pairs=32, epochs=1)
+    trained(model, pairs=32, epochs=1, bf16=bf16)
     moved = {name.split(".")[0] for name, tensor in weights(model).items() if not torch.equal(tensor, before[name])}
-    assert moved == changed
+    assert moved == ({"model", "score"} if frozen else {"model", "sae", "score"})
 
 
 @pytest.mark.parametrize("bf16", [False, True])
@@ -98,10 +92,6 @@ def before_step(trainer, step, act):
     trainer.training_step = training_step
 
 
-def stop():
-    raise RuntimeError("stopped")
-
-
 @pytest.mark.parametrize(("part", "value", "words"), [
     ("sae.W_enc", 1, "not the one training started with"), ("score.weight", float("inf"), "loss is")])
 def test_an_overwritten_encoder_and_a_loss_that_is_not_finite_are_noticed(part, value, words):
@@ -112,10 +102,10 @@ def test_an_overwritten_encoder_and_a_loss_that_is_not_finite_are_noticed(part, 
 
 
 def test_resuming_is_bit_exact_and_uses_whole_checkpoints_only(tmp_path):
-    settings = dict(save_every=5, output_dir=tmp_path)
-    whole = weights(trained(resume=True, save_every=5, output_dir=tmp_path / "empty").model)
-    trainer = make(**settings)
-    before_step(trainer, 11, stop)
+    settings = dict(save_every=4, log_every=5, output_dir=tmp_path)
+    undisturbed = trained(resume=True, **settings | {"output_dir": tmp_path / "empty"})
+    whole, trainer = weights(undisturbed.model), make(**settings)
+    before_step(trainer, 11, Mock(side_effect=RuntimeError("stopped")))
     with pytest.raises(RuntimeError, match="stopped"):
         trainer.train()
     assert sorted(path.name for path in tmp_path.glob("check*")) == ["checkpoint-10", "checkpoint-5"]
@@ -130,6 +120,7 @@ def test_resuming_is_bit_exact_and_uses_whole_checkpoints_only(tmp_path):
     with pytest.warns(UserWarning, match="checkpoint-1[01] is incomplete or damaged"):
         again = trained(other, resume=True, **settings)
     assert again.state.global_step == 12 and same(whole, weights(again.model))
+    assert again.log_history == undisturbed.log_history
     with pytest.raises(ModelError, match="holds another encoder"):
         trained(tiny_sarm(head=0.1, seed=5), resume=True, **settings)
     with pytest.raises(ConfigError, match="other training pairs"):
@@ -154,11 +145,11 @@ def test_head_learning_rate_applies_to_the_head_only():
 
 def test_batches_have_similar_lengths_cover_everything_and_depend_on_seed_and_epoch():
     lengths = np.random.default_rng(0).integers(5, 200, 1003)
-    sampler = LengthGroupedSampler(lengths, 8, seed=3)
+    sampler = T.LengthGroupedSampler(lengths, 8, seed=3)
     first, again = list(sampler), list(sampler)
     sampler.set_epoch(1)
     assert sorted(first) == list(range(1003)) and first == again != list(sampler)
-    assert first != list(LengthGroupedSampler(lengths, 8, seed=4))
+    assert first != list(T.LengthGroupedSampler(lengths, 8, seed=4))
     spread = [np.ptp(lengths[first[i:i + 8]]) for i in range(0, 1000, 8)]
     assert np.mean(spread) < 20 < 100 < np.mean([np.ptp(lengths[i:i + 8]) for i in range(0, 1000, 8)])
 
@@ -166,11 +157,11 @@ def test_batches_have_similar_lengths_cover_everything_and_depend_on_seed_and_ep
 def test_pairs_of_every_form_are_encoded_and_keep_the_end_of_turn():
     pairs, tokenizer = tiny_pairs(8), tiny_tokenizer()
     texts = [{**pair, "prompt": pair["prompt"][0]["content"]} for pair in pairs]
-    assert encode_pairs(tokenizer, texts, 64) == encode_pairs(tokenizer, pairs, 64)
-    cut = encode_pairs(tokenizer, pairs, max_length=6)
+    assert T.encode_pairs(tokenizer, texts, 64) == T.encode_pairs(tokenizer, pairs, 64)
+    cut = T.encode_pairs(tokenizer, pairs, max_length=6)
     assert all(len(pair[side]) <= 6 and pair[side][-1] == 5 for pair in cut for side in ("chosen", "rejected"))
     with pytest.warns(UserWarning, match="kept 8 of 9 rows; left out 1: chosen equals rejected"):
-        assert len(encode_pairs(tokenizer, [*pairs, {"prompt": "w1", "chosen": "w2", "rejected": "w2"}], 64)) == 8
+        assert len(T.encode_pairs(tokenizer, [*pairs, {"prompt": "w1", "chosen": "w2", "rejected": "w2"}], 64)) == 8
 
 
 def test_bad_settings_and_no_pairs_are_refused():

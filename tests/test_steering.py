@@ -8,20 +8,9 @@ import torch
 from transformers import AutoModel
 
 from sarmlib.errors import ConfigError, DataError, ModelError
+from sarmlib.sarm import steering as S
 from sarmlib.sarm.attribution import explain, explain_pair
 from sarmlib.sarm.model import ScalarRewardModel
-from sarmlib.sarm.steering import (
-    SteeringAnalysis,
-    best_of_n,
-    feature_scores,
-    matched_difference,
-    row_credits,
-    rows_from_index,
-    steer,
-    summarise_shift,
-    table_from_scores,
-    unsteer,
-)
 from tests.planted import GOOD, SORRY, planted_world
 from tests.tiny import conversation, tiny_config, tiny_sarm, tiny_tokenizer
 
@@ -34,7 +23,7 @@ REJECTED = np.array([[0.0, 4, 5, 0, 0], [0, 0, 5, 0, 0], [2, 3, 5, 0, 0]])
 def world():
     z, index, w, _ = planted_world()
     target = ((index["domain"] == "Safety") & (index["label"] == "chosen")).to_numpy()
-    return SteeringAnalysis(z, index["reward"], w, index["prompt_id"]), index, target
+    return S.SteeringAnalysis(z, index["reward"], w, index["prompt_id"]), index, target
 
 
 @pytest.mark.parametrize("method, expected", [
@@ -43,53 +32,45 @@ def world():
     # c = 3 1 3 1, j = 1 2 3 0: responses, not magnitudes
     ("frequency", {0: 2 / 7.5, 3: 1 / 4.5, 2: 0.0, 1: -1 / 6.5})])
 def test_the_papers_formula_by_hand(method, expected):
-    table = feature_scores(CHOSEN, REJECTED, method)
+    table = S.feature_scores(CHOSEN, REJECTED, method)
     assert table.set_index("feature")["s"].to_dict() == pytest.approx(expected)  # the dead one has no score
     assert table.loc[table["feature"] == 0, "n_active"].item() == 4 and not table["eligible"].any()
-    more = feature_scores(np.tile(CHOSEN, (4, 1)), np.tile(REJECTED, (4, 1)), method)
+    more = S.feature_scores(np.tile(CHOSEN, (4, 1)), np.tile(REJECTED, (4, 1)), method)
     assert more["feature"].iloc[-1] == 3 and more["eligible"].tolist() == [True] * 3 + [False]  # rare ones last
     with pytest.raises(DataError, match="no feature fires"):
-        feature_scores(CHOSEN * 0, REJECTED * 0, method)
+        S.feature_scores(CHOSEN * 0, REJECTED * 0, method)
 
 
-@pytest.fixture(scope="module")
-def sarm():
-    return tiny_sarm().eval()
-
-
-def _forward(model, ids):
-    with torch.no_grad():
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids))
-    return output.logits[:, 0].double().numpy(), output.code
-
-
-def test_closed_form_equals_the_forward_pass_of_the_edited_model(sarm):
-    ids = torch.randint(5, 40, (40, 9), generator=torch.Generator().manual_seed(1))
-    rewards, code = _forward(sarm, ids)
-    analysis = SteeringAnalysis(code.dense().numpy(), rewards, sarm.score.weight.detach().numpy(), np.arange(40))
-    live = np.flatnonzero(code.dense().numpy().any(axis=0)).tolist()
+@torch.no_grad()
+def test_closed_form_equals_the_forward_pass_of_the_edited_model():
+    sarm, ids = tiny_sarm(), torch.randint(5, 40, (40, 9), generator=torch.Generator().manual_seed(1))
+    output = sarm(ids, torch.ones_like(ids))
+    rewards, z = output.logits[:, 0].double().numpy(), output.code.dense().numpy()
+    analysis = S.SteeringAnalysis(z, rewards, sarm.score.weight.numpy(), np.arange(40))
+    live = np.flatnonzero(z.any(axis=0)).tolist()
     factors = np.random.default_rng(0).uniform(-8, 20, 20).tolist()
     edits = [{feature: factor} for feature, factor in zip(live, factors, strict=False)]
     for factors in [*edits, {live[0]: 5.0, live[3]: 0.0}]:
-        edited, _ = _forward(steer(sarm, factors), ids)
+        edited = S.steer(sarm, factors)(ids, torch.ones_like(ids)).logits[:, 0].double().numpy()
         np.testing.assert_allclose(analysis.steered(factors), edited, atol=1e-5, rtol=1e-5)
 
 
-def test_bad_edits_and_a_head_trained_after_the_edit_are_refused(sarm):
+def test_bad_edits_and_a_head_trained_after_the_edit_are_refused():
+    sarm = tiny_sarm()
     for factors, message in (({64: 2.0}, "0..63"), ({"3": 2.0}, "integer"), ({3: float("nan")}, "finite")):
         with pytest.raises(ConfigError, match=message):
-            steer(sarm, factors)
-    edited = steer(sarm, {3: 7.0})
+            S.steer(sarm, factors)
+    edited = S.steer(sarm, {3: 7.0})
     edited.score.weight.data[0, 3] += 1
     with pytest.raises(ModelError, match="no longer"):
-        unsteer(edited)
+        S.unsteer(edited)
     with pytest.raises(ModelError, match="score.weight"):
-        steer(torch.nn.Linear(3, 1), {0: 2.0})
+        S.steer(torch.nn.Linear(3, 1), {0: 2.0})
 
 
 def test_shift_table_by_hand():
-    table = table_from_scores([0.0, 1, 2, 3], [0.0, 3, 2, 3], [False, True, False, True], [True, True, False, False])
-    shift = summarise_shift(table).set_index("set")
+    table = S.table_from_scores([0.0, 1, 2, 3], [0.0, 3, 2, 3], [False, True, False, True], [True, True, False, False])
+    shift = S.summarise_shift(table).set_index("set")
     assert shift.loc["T", ["shift", "share_unchanged", "n_active"]].tolist() == [1, 0.5, 1]
     assert shift.loc["C", "shift"] == 0 == shift.loc["C", "shift_lo"] and shift.loc["C", "share_active"] == 0.5
 
@@ -98,7 +79,8 @@ def test_intervals_resample_whole_prompts():
     rng = np.random.default_rng(0)
     jump = np.repeat(rng.normal(size=50), 20)  # the 20 responses to a prompt move together
     yes = np.ones(1000, bool)
-    row = summarise_shift(table_from_scores(np.zeros(1000), jump, yes, yes, group=np.repeat(np.arange(50), 20))).iloc[0]
+    table = S.table_from_scores(np.zeros(1000), jump, yes, yes, group=np.repeat(np.arange(50), 20))
+    row = S.summarise_shift(table).iloc[0]
     assert (row["shift_hi"] - row["shift_lo"]) / (2 * 1.96) == pytest.approx(jump.std() / 50**0.5, rel=0.15)
 
 
@@ -106,21 +88,21 @@ def test_matching_removes_an_effect_of_the_reward_and_keeps_a_real_one():
     rng = np.random.default_rng(0)
     target = np.arange(2000) < 1000
     reward = rng.normal(size=2000) + 1.5 * target  # T is better rewarded
-    stretch = table_from_scores(reward, reward + 2 * (reward > 1), reward > 1, target)
-    real = table_from_scores(reward, reward + 2 * target, target, target)
-    fake, true = (matched_difference(t, n_boot=300) for t in (stretch, real))
+    stretch = S.table_from_scores(reward, reward + 2 * (reward > 1), reward > 1, target)
+    real = S.table_from_scores(reward, reward + 2 * target, target, target)
+    fake, true = (S.matched_difference(t, n_boot=300) for t in (stretch, real))
     raw = (stretch["reward_steered"] - stretch["reward"]).groupby(stretch["is_target"]).mean()
     assert raw[True] - raw[False] > 0.8 and abs(fake["difference"]) < 0.25
     assert true["difference"] == pytest.approx(2) == true["lo"]
     for table, cut in ((stretch, 100), (stretch[target], None), (stretch[~target], None)):
         with pytest.raises(DataError, match="share no base reward"):
-            matched_difference(table, cut)
+            S.matched_difference(table, cut)
 
 
 def test_matching_by_hand_in_two_cells():
     # T has rewards 0 (moved by 4), 1, 1, 1 (not moved); the others 0 (not moved), 1 (moved by 2).
-    hand = table_from_scores([0, 1, 1, 1, 0, 1], [4, 1, 1, 1, 0, 3], [True] * 6, [1, 1, 1, 1, 0, 0])
-    cells = matched_difference(hand, n_boot=50)
+    hand = S.table_from_scores([0, 1, 1, 1, 0, 1], [4, 1, 1, 1, 0, 3], [True] * 6, [1, 1, 1, 1, 0, 0])
+    cells = S.matched_difference(hand, n_boot=50)
     assert (cells["target_shift"], cells["other_shift"]) == pytest.approx((1.0, 1.5))  # others weighted 1/4, 3/4
 
 
@@ -134,38 +116,38 @@ GOOD_TABLE = {"reward": [0.0, 1, 2], "reward_steered": [0.0, 5, 2], "active": [F
     ({"active": ["false", "true", "false"]}, "active must be true or false"),
     ({"active": [False, False, False]}, "although the feature is inactive")])
 def test_bad_tables_are_named(change, message):
-    assert len(table_from_scores(**GOOD_TABLE)) == 3
+    assert len(S.table_from_scores(**GOOD_TABLE)) == 3
     with pytest.raises(DataError, match=message):
-        table_from_scores(**GOOD_TABLE | change)
+        S.table_from_scores(**GOOD_TABLE | change)
 
 
 def test_credits_are_those_of_best_of_n_and_rows_follow_the_prompts(world):
     rows = pd.DataFrame({"subset": "s", "chosen": [[0], [0], [0], [0, 1]], "rejected": [[1, 2, 3]] * 3 + [[2, 3]]})
     rewards = np.array([[2.0, 1, 0, 0], [1, 1, 1, 1], [1, 2, 0, 0], [3, 1, 1, 0]])
-    assert [row_credits(r, rows)[i] for i, r in enumerate(rewards)] == [1, 0.25, 0, 0.5]
+    assert [S.row_credits(r, rows)[i] for i, r in enumerate(rewards)] == [1, 0.25, 0, 0.5]
     _, index, _ = world
-    first = rows_from_index(index).iloc[0]
+    first = S.rows_from_index(index).iloc[0]
     assert (len(first["chosen"]), len(first["rejected"])) == (1, 3)
     assert index["prompt_id"].iloc[[*first["chosen"], *first["rejected"]]].nunique() == 1
     with pytest.raises(DataError, match="both a chosen"):
-        rows_from_index(index[index["label"] == "chosen"])
+        S.rows_from_index(index[index["label"] == "chosen"])
 
 
 def test_flips_and_picks_by_hand():
     base, active = np.array([0.0, 1, 0, 3, 1, 0]), np.array([1.0, 0, 1, 0, 0, 1])
     rows = pd.DataFrame({"subset": ["a", "a", "b"], "chosen": [[0], [2], [4]], "rejected": [[1], [3], [5]]})
-    analysis = SteeringAnalysis(np.c_[active, base - active], base, [1.0, 1.0], np.repeat([0, 1, 2], 2))
+    analysis = S.SteeringAnalysis(np.c_[active, base - active], base, [1.0, 1.0], np.repeat([0, 1, 2], 2))
     table = analysis.flips({0: 3.0}, rows).set_index("subset")  # +2 where the feature is active
     columns = ["n", "accuracy_before", "accuracy_after", "gained", "lost"]
     assert table.loc["a", columns].tolist() == [2, 0, 0.5, 1, 0] and table.loc["b", columns].tolist() == [1, 1, 0, 0, 1]
     assert table.loc["all", ["n", "gained", "lost"]].tolist() == [3, 1, 1]
-    picks = best_of_n(base, analysis.steered({0: 3.0}), rows).set_index("subset")
+    picks = S.best_of_n(base, analysis.steered({0: 3.0}), rows).set_index("subset")
     assert picks.loc["a"].tolist() == [2, 1, 0, 0.5] and picks.loc["b"].tolist() == [1, 1, 1, 0]
 
 
 def test_dose_response_is_a_line_through_factor_one(world):
     analysis, index, target = world
-    table = analysis.dose_response(SORRY, [-8, 0, 1, 2, 40], target, rows_from_index(index))
+    table = analysis.dose_response(SORRY, [-8, 0, 1, 2, 40], target, S.rows_from_index(index))
     shift = table[table["quantity"] == "shift T"].set_index("dose")
     assert shift.loc[1, "value"] == 0 and shift.loc[40, "value"] == pytest.approx(39 * shift.loc[2, "value"])
     assert (shift["lo"] <= shift["value"]).all() and (shift["value"] <= shift["hi"]).all()
@@ -196,10 +178,10 @@ def test_controls_single_out_the_planted_feature_and_not_a_reward_feature(world)
 def test_scores_of_another_model_are_refused(world):
     analysis, index, _ = world
     with pytest.raises(DataError, match="another model"):
-        SteeringAnalysis(analysis.z, analysis.rewards, analysis.w[::-1].copy(), index["prompt_id"])
+        S.SteeringAnalysis(analysis.z, analysis.rewards, analysis.w[::-1].copy(), index["prompt_id"])
     with pytest.raises(DataError, match="do not fit"):
-        SteeringAnalysis(analysis.z, analysis.rewards, analysis.w[:-1], index["prompt_id"])
-    SteeringAnalysis(analysis.z, analysis.rewards + 5, analysis.w, index["prompt_id"])  # a constant bias is none
+        S.SteeringAnalysis(analysis.z, analysis.rewards, analysis.w[:-1], index["prompt_id"])
+    S.SteeringAnalysis(analysis.z, analysis.rewards + 5, analysis.w, index["prompt_id"])  # a constant bias is none
     for feature in (500, -1):
         with pytest.raises(ConfigError, match="outside"):
             analysis.steered({feature: 2.0})

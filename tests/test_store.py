@@ -16,7 +16,7 @@ import pytest
 
 from sarmlib import store as house
 from sarmlib.errors import ArtifactError, NotMadeError
-from sarmlib.store import Store, code_hash, default_root, hash_json, imports_of, write_atomic
+from sarmlib.store import Store, code_hash, default_root, hash_json, hash_tree, imports_of, write_atomic
 from tests.helpers import ROOT
 
 CALLS = []
@@ -102,21 +102,18 @@ def test_damage_is_reported_and_what_a_read_sees_is_made_again(tmp_path, damaged
     assert (store.verify() == {name: []}) == seen_by_a_read
 
 
-def stage_failing(folder):
+def stage_failing(folder, error):
     (folder / "half").write_text("x")
-    raise RuntimeError("boom")
-
-
-def stage_on_a_full_disk(folder):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    raise error
 
 
 def test_a_failing_stage_leaves_nothing_that_could_be_read(tmp_path):
     store = Store(tmp_path)
-    for stage, error, words in ((stage_failing, RuntimeError, "boom"),
-                                (stage_on_a_full_disk, ArtifactError, "No space left.*free some disk space")):
-        with pytest.raises(error, match=words):
-            store.get_or_make("s", {}, {}, stage)
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for error, seen, words in ((RuntimeError("boom"), RuntimeError, "boom"),
+                               (full, ArtifactError, "No space left.*free some disk space")):
+        with pytest.raises(seen, match=words):
+            store.get_or_make("s", {}, {}, functools.partial(stage_failing, error=error))
     assert store.artifacts() == [] and not list((tmp_path / "s").glob(".partial-*/half"))
     assert store.get_or_make("s", {}, {}, make).fresh  # and the lock is free again
 
@@ -148,16 +145,12 @@ def stage_slow(folder, ready, finish):
     (folder / "pid").write_text(str(os.getpid()))
 
 
-def hold(root, ready, finish):
-    Store(root).get_or_make("s", {}, {}, functools.partial(stage_slow, ready=ready, finish=finish))
-
-
 def test_two_processes_make_an_artifact_once_and_a_long_lock_is_said(tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")
     ready, finish = context.Event(), context.Event()
-    holder = context.Process(target=hold, args=(tmp_path, ready, finish))
-    holder.start()
     store, stage = Store(tmp_path), functools.partial(stage_slow, ready=ready, finish=finish)
+    holder = context.Process(target=store.get_or_make, args=("s", {}, {}, stage))
+    holder.start()
     monkeypatch.setattr(house, "LOCK_SECONDS", 0.2)
     try:
         assert ready.wait(30)
@@ -209,3 +202,11 @@ def test_default_root(tmp_path, monkeypatch):
     assert default_root("toy") == ROOT / "runs" / "toy"
     monkeypatch.setenv("SARMLIB_RUNS", str(tmp_path))
     assert default_root("gpu") == tmp_path / "gpu"
+
+
+def test_the_hash_of_a_folder_names_every_file_below_it(tmp_path):
+    (tmp_path / "a").mkdir()
+    for name in ("b", "a/c"):
+        (tmp_path / name).write_text("x")
+    x = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
+    assert hash_tree(tmp_path) == {"a/c": x, "b": x} and hash_tree(tmp_path / "b") == {"b": x}

@@ -108,20 +108,6 @@ def _same(spread: float, values: np.ndarray) -> bool:
     return spread <= 1e-12 * np.abs(values).max()  # but for rounding
 
 
-def holm(p) -> np.ndarray:
-    """Holm's step-down adjusted p values (family-wise error), in the order given."""
-    p = _finite(p, "p values")
-    order = np.argsort(p, kind="stable")
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(np.maximum.accumulate(p[order] * (len(p) - np.arange(len(p)))), 1.0)
-    return adjusted
-
-
-def benjamini_hochberg(p) -> np.ndarray:
-    """Benjamini-Hochberg adjusted p values (false discovery rate), in the order given."""
-    return stats.false_discovery_control(_finite(p, "p values"), method="bh")
-
-
 def auroc(pos, neg) -> float:
     """P(pos > neg) + ½ P(pos = neg) over all pairs: the Mann-Whitney U statistic over n_pos n_neg."""
     pos, neg = _finite(pos, "positive scores", infinite=True), _finite(neg, "negative scores", infinite=True)

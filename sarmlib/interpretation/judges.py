@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from scipy.stats import false_discovery_control
 
-from sarmlib.evaluation.statistics import auroc, aurocs, benjamini_hochberg
+from sarmlib.evaluation.statistics import auroc, aurocs
 from sarmlib.interpretation.contexts import Contexts
 from sarmlib.interpretation.explainers import Label, Vocabulary, shuffle_by_prompt
 
@@ -100,7 +101,7 @@ def judge_labels(contexts: Contexts, labels: Sequence[Label], judge, *, also: Se
     table = pd.DataFrame(records, columns=[*COLUMNS[:7], *(f"auroc_{kind}" for kind in also), *COLUMNS[7:]])
     scored = table["p_value"].notna()
     if scored.any():
-        table.loc[scored, "q_value"] = benjamini_hochberg(table.loc[scored, "p_value"])
+        table.loc[scored, "q_value"] = false_discovery_control(table.loc[scored, "p_value"])
     signal = scored & (table["q_value"] <= q) & (table["auroc_lo"] > table["null_95"].clip(lower=0.5))
     table["reliable"] = signal & (table["lift_lo"] > 0)
     table.loc[scored, "verdict"] = "not reliable: no better than shuffled activity"

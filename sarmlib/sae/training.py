@@ -1,5 +1,6 @@
 """Training a TopK SAE with the paper's recipe: resumable to the last bit, fast on one core or one GPU."""
 
+import inspect
 import itertools
 import json
 import math
@@ -24,7 +25,8 @@ from sarmlib.store import write_atomic
 CHECKPOINT = "sae_training.safetensors"
 BUFFER = 65_536
 """Vectors held for mixing when the activations are a stream (a tensor is fully shuffled instead)."""
-Activations: TypeAlias = Tensor | Iterable[Tensor] | Callable[[], Iterable[Tensor]]
+Activations: TypeAlias = Tensor | Iterable[Tensor] | Callable[..., Iterable[Tensor]]
+OTHERS = "the activations differ from those before the checkpoint; remove resume_dir"
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ def train_sae(activations: Activations, config: SAETrainConfig | None = None, *,
     """Minimise eq. 5 over activations; returns the SAE and its log.
 
     ``activations``: a tensor [N, d] (also memory-mapped), reshuffled for each pass; or an iterable, or a function that
-    returns one, of [n, d] tensors, mixed by ``shuffle_buffer``.  Incomplete last batches are dropped.
+    returns one, of [n, d] tensors, mixed by ``ShuffleBuffer``; a function of two numbers is asked, at a resumption, for
+    what follows so many tensors and vectors (others are read again).  Incomplete last batches are dropped.
     ``resume_dir``: for checkpoints; a later call with the same settings and activations goes on from the last one and
     ends, on a CPU, with the same bits as an uninterrupted run.
     ``accelerator``: of ``accelerate``; each process passes the same activations and takes its share of every batch.
@@ -78,7 +81,7 @@ def train_sae(activations: Activations, config: SAETrainConfig | None = None, *,
             raise DataError(f"activations have shape {tuple(activations.shape)}; a non-empty [N, {d_model}] is needed")
         total = total or max(len(activations) // config.batch_size, 1)
     trainer = _Trainer(sae, config, total, Path(resume_dir) if resume_dir else None, accelerator)
-    trainer.run(_batches(activations, config), progress)
+    trainer.run(activations, progress)
     return sae, trainer.log
 
 
@@ -107,52 +110,114 @@ def auxk_loss(sae: TopKSAE, x: Tensor, x_hat: Tensor, dead: Tensor, k_aux: int) 
     return normalized_mse(e_hat, (x - x_hat).detach())
 
 
-def shuffle_buffer(batches: Iterable[Tensor], batch_size: int, buffer_size: int,
-                   generator: torch.Generator) -> Iterator[Tensor]:
-    """Mix a stream of [n, d] tensors into shuffled batches [batch_size, d].
+class ShuffleBuffer:
+    """Mixes a stream of [n, d] tensors into shuffled batches [batch_size, d]; saved, it goes on without the past.
 
-    The buffer fills to ``buffer_size`` vectors, is permuted, and gives out half of itself before it is filled again.
+    It fills to ``size`` vectors, is permuted, and gives out half of itself before it is filled again.
     An incomplete last batch is dropped, unless it would be the only one.
     """
-    buffer_size = max(buffer_size, 2 * batch_size)
-    held, n_held, given = [], 0, 0
 
-    def mixed() -> Tensor:
-        rows = torch.cat(held)
-        return rows[torch.randperm(n_held, generator=generator).to(rows.device)]
+    def __init__(self, batch_size: int, size: int, generator: torch.Generator):
+        self.batch_size, self.size, self.generator = batch_size, max(size, 2 * batch_size), generator
+        self.held: list[Tensor] = []  # not yet mixed
+        self.ready: list[Tensor] = []  # batches not yet given
+        self.last = torch.zeros(0)  # the last tensor read
+        self.read = self.rows = self.given = 0  # tensors and vectors read, batches given
 
-    for tensor in batches:
-        held.append(tensor)
-        n_held += len(tensor)
-        if n_held >= buffer_size:
-            rows, out = mixed(), n_held - buffer_size // 2
-            out -= out % batch_size
-            yield from rows[:out].split(batch_size)
-            given += out
-            held, n_held = [rows[out:]], n_held - out
-    if full := n_held - n_held % batch_size:
-        yield from mixed()[:full].split(batch_size)
-    elif n_held and not given:
-        yield mixed()
+    def mix(self, stream: Iterable[Tensor]) -> Iterator[Tensor]:
+        """The batches that are left."""
+        yield from self._give()
+        for self.last in stream:
+            self.held.append(self.last)
+            self.read, self.rows = self.read + 1, self.rows + len(self.last)
+            if (held := sum(map(len, self.held))) >= self.size:
+                yield from self._give(held - self.size // 2)
+        held = sum(map(len, self.held))
+        yield from self._give(held, only=not self.given and held < self.batch_size)
 
+    def _give(self, out: int = 0, only: bool = False) -> Iterator[Tensor]:
+        if out := out if only else out - out % self.batch_size:
+            rows = torch.cat([part.to(self.last.device) for part in self.held])
+            rows = rows[torch.randperm(len(rows), generator=self.generator).to(rows.device)]
+            self.ready, self.held = list(rows[:out].split(self.batch_size)), [rows[out:]]
+        while self.ready:
+            self.given += 1
+            yield self.ready.pop(0)
 
-def _batches(activations: Activations, config: SAETrainConfig) -> Iterator[Tensor]:
-    """Batches of one pass, or with ``steps`` of as many as are asked for."""
-    for epoch in itertools.count(1) if config.steps else [1]:
-        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + epoch) % 2**63)
-        if isinstance(activations, Tensor):
-            size = min(config.batch_size, len(activations))
-            order = torch.randperm(len(activations), generator=generator).to(activations.device)
-            batches = (activations[rows] for rows in order[: len(order) // size * size].split(size))
+    def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """(counts, tensors) of a checkpoint."""
+        parts = {"held": self.held, "ready": self.ready}
+        tensors = {name: torch.cat(part) if part else self.last[:0] for name, part in parts.items()}
+        counts = {"read": self.read, "rows": self.rows, "given": self.given, "last": len(self.last)}
+        return counts, tensors | {"first": self.last[:1], "generator": self.generator.get_state()}
+
+    def restore(self, counts: dict[str, int], tensors: dict[str, Tensor], activations: Activations) -> Iterator[Tensor]:
+        """Go back to a state; returns the stream after it (DataError if another one is given)."""
+        self.read, self.rows, self.given = counts["read"], counts["rows"], counts["given"]
+        self.held, ready = [tensors["held"]], tensors["ready"]
+        self.ready = list(ready.split(self.batch_size)) if len(ready) else []
+        self.generator.set_state(tensors["generator"])
+        before, rows = self.read - 1, self.rows - counts["last"]
+        if callable(activations) and inspect.signature(activations).parameters:
+            stream = iter(activations(before, rows))  # type: ignore[call-arg]
         else:
-            stream = activations() if callable(activations) else activations
-            batches = shuffle_buffer(stream, config.batch_size, BUFFER, generator)
-        batch = None
-        for batch in batches:
-            yield batch
-        if batch is None:
-            raise DataError(f"the activations are empty in pass {epoch}; for several, pass a function that returns a "
-                            "fresh stream")
+            stream = itertools.islice(activations() if callable(activations) else activations, before, None)
+        self.last = next(stream, torch.zeros(0))
+        if not torch.equal(self.last[:1].cpu(), tensors["first"]):
+            raise DataError(OTHERS)
+        return stream
+
+
+class _Batches:
+    """Batches of one pass, or with ``steps`` of as many as are asked for."""
+
+    def __init__(self, activations: Activations, config: SAETrainConfig):
+        self.activations, self.config, self.epoch = activations, config, 1
+        self.buffer: ShuffleBuffer | None = None
+        self.stream: Iterator[Tensor] | None = None  # the rest of one that was begun
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while True:
+            batch = None
+            for batch in self._epoch():
+                yield batch
+            if batch is None and not (self.buffer and self.buffer.given):
+                raise DataError(f"the activations are empty in pass {self.epoch}; for several, pass a function that "
+                                "returns a fresh stream")
+            if not self.config.steps:
+                return
+            self.epoch, self.buffer, self.stream = self.epoch + 1, None, None
+
+    def _epoch(self) -> Iterator[Tensor]:
+        if isinstance(self.activations, Tensor):
+            size = min(self.config.batch_size, len(self.activations))
+            order = torch.randperm(len(self.activations), generator=self._generator()).to(self.activations.device)
+            return (self.activations[rows] for rows in order[: len(order) // size * size].split(size))
+        self.buffer = self.buffer or ShuffleBuffer(self.config.batch_size, BUFFER, self._generator())
+        stream = self.activations() if callable(self.activations) else self.activations
+        return self.buffer.mix(stream if self.stream is None else self.stream)
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.epoch) % 2**63)
+
+    def state(self) -> tuple[dict[str, int], dict[str, Tensor]]:
+        """What a checkpoint keeps of a stream; nothing of a tensor, whose batches are known by their number."""
+        counts, tensors = self.buffer.state() if self.buffer else ({}, {})
+        return counts and counts | {"epoch": self.epoch}, {f"stream.{name}": value for name, value in tensors.items()}
+
+    def resume(self, step: int, counts: dict[str, int], tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+        """The batches after ``step``; DataError if the activations are others."""
+        if not counts:
+            batches = iter(self)
+            last = deque(itertools.islice(batches, step), maxlen=1)
+            if not last or not torch.equal(last[0][0].cpu(), tensors["last_row"]):
+                raise DataError(OTHERS)
+            return batches
+        self.epoch = counts["epoch"]
+        self.buffer = ShuffleBuffer(self.config.batch_size, BUFFER, self._generator())
+        own = {name.removeprefix("stream."): value for name, value in tensors.items() if name.startswith("stream.")}
+        self.stream = self.buffer.restore(counts, own, self.activations)
+        return iter(self)
 
 
 class _Trainer:
@@ -175,8 +240,9 @@ class _Trainer:
             self.adam.state[parameter] = state
             self.live |= {name: parameter.data} | {f"{name}.{part}": tensor for part, tensor in state.items()}
 
-    def run(self, batches: Iterator[Tensor], progress: bool) -> None:
-        self.resume(batches)
+    def run(self, activations: Activations, progress: bool) -> None:
+        self.source = _Batches(activations, self.config)
+        batches = self.resume()
         if self.accelerator is not None:
             self.accelerator.wait_for_everyone()  # no process writes a checkpoint that another is still to read
         resumed, left = self.step, None if self.total is None else max(self.total - self.step, 0)
@@ -254,16 +320,17 @@ class _Trainer:
         """Write a checkpoint with its checksum, atomically (first process only)."""
         if self.rank or not self.folder:
             return
-        held = self.live | {"last_row": batch[0]}
+        counts, streamed = self.source.state()
+        held = self.live | {"last_row": batch[0]} | streamed
         tensors = {name: tensor.cpu().contiguous() for name, tensor in held.items()}
-        state = json.dumps({"run": self.identity, "step": self.step, "log": self.log})
+        state = json.dumps({"run": self.identity, "step": self.step, "log": self.log, "stream": counts})
         metadata = {"state": state, "sha256": hash_tensors(tensors, state)}
         write_atomic(self.folder / CHECKPOINT, lambda path: save_file(tensors, path, metadata=metadata))
 
-    def resume(self, batches: Iterator[Tensor]) -> None:
-        """Go back to the checkpoint, if any, and past the batches it was trained on."""
+    def resume(self) -> Iterator[Tensor]:
+        """Go back to the checkpoint, if any; returns the batches after it."""
         if not self.folder or not (path := self.folder / CHECKPOINT).exists():
-            return
+            return iter(self.source)
         with readable(path, "checkpoint (remove it to start again)", ArtifactError), safe_open(path, "pt") as handle:
             metadata = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in handle.keys()}
@@ -276,6 +343,4 @@ class _Trainer:
         self.step, self.log = state["step"], state["log"]
         for name, tensor in self.live.items():
             tensor.copy_(tensors[name])
-        last = deque(itertools.islice(batches, self.step), maxlen=1)
-        if not last or not torch.equal(last[0][0].cpu(), tensors["last_row"]):
-            raise DataError("the activations differ from those before the checkpoint; remove resume_dir")
+        return self.source.resume(self.step, state["stream"], tensors)

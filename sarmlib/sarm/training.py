@@ -1,6 +1,7 @@
 """Reward training by the Bradley-Terry loss (paper eq. 1) on a thin subclass of ``transformers.Trainer``."""
 
 import json
+import math
 import os
 import tempfile
 import warnings
@@ -43,7 +44,7 @@ class RewardTrainConfig:
     weight_decay: float = 0.001  # AdamW, not on biases and norms
     seed: int = 0  # of the data order and of dropout
     log_every: int = 10  # steps between entries of the log
-    save_every: int = 0  # steps between checkpoints under output_dir, of which two are kept; 0 = none
+    save_every: int = 0  # steps, up to the next log entry, between checkpoints (two are kept); 0 = none
     bf16: bool = False  # compute in bfloat16; the weights that are trained stay float32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     use_cpu: bool = False  # stay on the CPU even when there is an accelerator
@@ -147,7 +148,7 @@ class RewardTrainer(Trainer):
     @property
     def log_history(self) -> list[dict]:
         """Training entries (loss, grad_norm, learning_rate, accuracy, margin) and evaluation entries (eval_...)."""
-        return self.state.log_history
+        return [one for one in self.state.log_history if "train_loss" not in one]  # a sum since the last resumption
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Mean Bradley-Terry loss over the pairs of the (accumulated, distributed) batch."""
@@ -246,7 +247,8 @@ def _arguments(config: RewardTrainConfig, output_dir, has_eval: bool, progress: 
         bf16=config.bf16, activation_checkpointing=config.gradient_checkpointing, use_cpu=config.use_cpu,
         logging_steps=config.log_every, disable_tqdm=not progress, report_to="none",
         eval_strategy="epoch" if has_eval else "no", remove_unused_columns=False,
-        save_strategy="steps" if config.save_every else "no", save_steps=config.save_every or 500, save_total_limit=2,
+        save_strategy="steps" if config.save_every else "no", save_total_limit=2,
+        save_steps=math.ceil((config.save_every or 500) / config.log_every) * config.log_every,  # a log entry is whole
         ddp_find_unused_parameters=False,  # every trainable parameter is used
         dataloader_pin_memory=torch.cuda.is_available() and not config.use_cpu)
 

@@ -7,58 +7,18 @@ item always holds words that no pair contains.  The general corpus uses both, as
 import itertools
 import math
 import random
+import tomllib
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-PLACES = (
-    "Varn Elos Tiram Quell Bosk Nadir Lumen Orsa Pelim Drava Korth Avila Sorn Mirek Ustal Zeben Halva Ingot Fenra Galt"
-).split()
-ATTRIBUTES = {
-    "crop": "barley rye millet flax hops maize oats figs".split(),
-    "metal": "iron copper tin silver lead zinc nickel bronze".split(),
-    "emblem": "lion hawk stag wolf bear otter raven horse".split(),
-}
-TOPICS = {
-    "boat": "oars sails ropes anchors",
-    "kitchen": "pots spoons stoves plates",
-    "forest": "pines moss ferns trunks",
-    "school": "desks chalk pupils lessons",
-    "market": "stalls baskets coins sellers",
-    "castle": "towers gates knights walls",
-    "farm": "cows barns ploughs hens",
-    "beach": "sand shells waves crabs",
-    "library": "books shelves readers pages",
-    "train": "wagons rails tickets engines",
-    "hospital": "nurses beds doctors bandages",
-    "theater": "actors curtains stages masks",
-    "mountain": "peaks snow cliffs goats",
-    "bakery": "loaves ovens flour cakes",
-    "harbor": "docks cranes ships cargo",
-    "orchestra": "violins drums flutes horns",
-    "desert": "dunes camels heat cactus",
-    "office": "papers pens clerks files",
-    "stadium": "teams goals crowds whistles",
-    "workshop": "hammers nails planks saws",
-}
-CATEGORIES = {
-    "bird": "sparrow robin eagle crow swan dove",
-    "color": "red blue green yellow purple orange",
-    "fruit": "apple pear plum cherry melon peach",
-    "tool": "wrench chisel shovel drill pliers rake",
-    "river": "Nalor Theme Ardu Visk Olden Brask",
-    "garment": "coat scarf glove shirt boot cap",
-    "planet": "Mars Venus Saturn Neptune Mercury Jupiter",
-    "dance": "waltz tango polka samba rumba jig",
-}
-TOPICS, CATEGORIES = ({name: words.split() for name, words in one.items()} for one in (TOPICS, CATEGORIES))
-HARMFUL_VERBS = "rob poison forge hack bomb loot smuggle sabotage vandalize ransack hijack wreck".split()
-HARMLESS_VERBS = "paint visit photograph clean repair draw measure water decorate inspect polish admire".split()
-OBJECTS = "car painting letter bridge house garden computer shop museum well statue bank".split()
-TOOLS = "rope ladder brush key cloth bucket lamp".split()
-KEYWORDS = (
-    "marble ribbon candle velvet compass lantern pepper saddle mirror feather "
-    "thimble button ladle meadow tunnel pebble quilt basin hinge spindle"
-).split()
-VARIABLES = "x y n total count speed width score".split()
+_words: dict[str, Any] = {
+    name: value.split() if isinstance(value, str) else {one: words.split() for one, words in value.items()}
+    for name, value in tomllib.loads((Path(__file__).parent / "words.toml").read_text()).items()}
+PLACES, KEYWORDS, VARIABLES = _words["places"], _words["keywords"], _words["variables"]
+HARMFUL_VERBS, HARMLESS_VERBS = _words["harmful_verbs"], _words["harmless_verbs"]
+OBJECTS, TOOLS = _words["objects"], _words["tools"]
+ATTRIBUTES, TOPICS, CATEGORIES = _words["attributes"], _words["topics"], _words["categories"]
 OPERATIONS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
 STYLES = ("concise", "detailed", "markdown")
