@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python benchmarks/sae_controls.py --profile smollm2 --data DATA [--runs runs] [--seeds 0]
         --output results/smollm2/sae_controls.json
 
-By the profile's own recipe on its own pairs; SARM and the random encoder of the same seeds are read from the run.  The
+By the profile's own recipe on its own pairs; SARM of the same seeds is read from the run.  The
 third control of that paper, a frozen random encoder, is the random encoder.  A killed run goes on after its last model.
 """
 
@@ -19,7 +19,7 @@ from table2 import LEAST_COSINE, NAMES, append, held_sae, units_of
 
 from sarmlib import pipeline, results
 from sarmlib.evaluation.scorer import score_rows
-from sarmlib.evaluation.statistics import seeds_and_prompts_ci
+from sarmlib.evaluation.statistics import bootstrap_ci, seeds_and_prompts_ci
 from sarmlib.sae.quality import evaluate_sae
 from sarmlib.sarm.model import SarmForSequenceClassification
 from sarmlib.store import write_json
@@ -58,13 +58,9 @@ def summary(run: pipeline.Run, lines: list[dict], seeds: list[int]) -> list[dict
                "pairs": float(np.mean([mine[seed]["pairs"] for seed in seeds])),
                "fvu": [mine[seed]["fvu"] for seed in seeds], "dead": [mine[seed]["dead"] for seed in seeds]}
         gap = ours - theirs
-        if len(seeds) > 1:
-            interval = seeds_and_prompts_ci(gap, strata=strata)
-            row |= {"sarm_minus": interval.estimate, "low": interval.low, "high": interval.high}
-        else:
-            half = 1.96 * gap[0].std(ddof=1) / np.sqrt(gap.shape[1])
-            row |= {"sarm_minus": float(gap.mean()), "low": gap.mean() - half, "high": gap.mean() + half}
-        rows.append(row)
+        interval = (seeds_and_prompts_ci(gap, strata=strata) if len(seeds) > 1
+                    else bootstrap_ci(gap[0], strata=strata))
+        rows.append(row | {"sarm_minus": interval.estimate, "low": interval.low, "high": interval.high})
     return rows
 
 

@@ -27,7 +27,6 @@ from sarmlib.evaluation.scorer import score, score_rows
 from sarmlib.evaluation.statistics import seeds_and_prompts_ci, seeds_ci, verdict
 from sarmlib.profiles import load_profile
 from sarmlib.sae import training
-from sarmlib.sae.quality import evaluate_sae
 from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification
 
@@ -90,7 +89,6 @@ def held_sae(run: pipeline.Run, seed: int, least: float) -> TopKSAE:
                   generator=torch.Generator().manual_seed(seed))
     trainer = HeldTrainer(sae, config, least)
     trainer.run(run.vectors("sentence_end")["train"], progress=False)
-    print(f"decoder within {least}: FVU", evaluate_sae(sae, run.vectors("sentence_end")["held_out"])["fvu"])
     return sae
 
 

@@ -129,6 +129,7 @@ class GetReward(Answering):
             self.set_status(422)
             self.write({"error": str(rewards)})
         elif isinstance(rewards, Exception):
+            print(f"error: {rewards!r}", file=sys.stderr)
             raise web.HTTPError(500, reason="the model failed on this batch")
         else:
             self.write({"rewards": rewards, "scores": rewards, "extra_logs": {}})

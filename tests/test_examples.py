@@ -171,10 +171,10 @@ def test_the_endpoint_bounds_connections_bodies_and_slow_senders(port, ask, monk
 
 def test_what_nobody_waits_for_is_not_scored(pair, monkeypatch):
     scored = []
-    monkeypatch.setattr(serve.Batches, "score", lambda self, requests: scored.extend(requests) or requests)
 
     async def run():
         batches = serve.Batches(*pair, 64)
+        monkeypatch.setattr(batches, "score", lambda requests: scored.extend(requests) or requests)
         one, other = (serve.Waiting([name], asyncio.get_running_loop().create_future()) for name in "ab")
         for waiting in (one, other):
             batches.queue.put_nowait(waiting)

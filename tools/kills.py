@@ -22,15 +22,12 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM
-
 from sarmlib.data.toyworld import datasets as toy
-from sarmlib.sae.topk import TopKSAE
 from sarmlib.store import hash_file
 from tests.helpers import ROOT
 from tests.reliability.world import write_profile
-from tests.tiny import tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer
+from tests.tiny import tiny_pairs
+from tools.fuzz import sound
 
 TIMES = re.compile(r"seconds|runtime|per_second|wall_s|peak_rss|log\.json")
 """Keys whose values differ from run to run; ``log.json``: its checksum in a manifest (it is itself compared)."""
@@ -54,12 +51,7 @@ def read(path: Path) -> str:
 
 def prepare(work: Path) -> dict[str, list]:
     """Sound inputs below ``work``, and each command on them; ``OUT`` stands for its folder."""
-    tiny_sarm().save_pretrained(work / "sarm")
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(tiny_config()).save_pretrained(work / "backbone")
-    for name in ("sarm", "backbone"):
-        tiny_tokenizer().save_pretrained(work / name)
-    TopKSAE(32, 64, 4, generator=torch.Generator().manual_seed(0)).save(work / "sae")
+    sound(work)
     rows = {"corpus": [{"text": f"w{i % 40} w2 w3. w4 w5 w{i % 30}! w7 w8. " * 20} for i in range(400)],
             "pairs": tiny_pairs(300), "rewardbench2": toy.rewardbench2(200, 0), "rm_bench": toy.rm_bench(200, 0)}
     for name, part in rows.items():

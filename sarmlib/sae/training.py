@@ -194,8 +194,8 @@ class _Batches:
             order = torch.randperm(len(self.activations), generator=self._generator()).to(self.activations.device)
             return (self.activations[rows] for rows in order[: len(order) // size * size].split(size))
         self.buffer = self.buffer or ShuffleBuffer(self.config.batch_size, BUFFER, self._generator())
-        stream = self.activations() if callable(self.activations) else self.activations
-        return self.buffer.mix(stream if self.stream is None else self.stream)
+        stream = self.activations if self.stream is None else self.stream
+        return self.buffer.mix(stream() if callable(stream) else stream)
 
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed((self.config.seed * 1_000_003 + self.epoch) % 2**63)
@@ -205,7 +205,7 @@ class _Batches:
         counts, tensors = self.buffer.state() if self.buffer else ({}, {})
         return counts and counts | {"epoch": self.epoch}, {f"stream.{name}": value for name, value in tensors.items()}
 
-    def resume(self, step: int, counts: dict[str, int], tensors: dict[str, Tensor]) -> Iterator[Tensor]:
+    def resume(self, step: int, counts: dict[str, int] | None, tensors: dict[str, Tensor]) -> Iterator[Tensor]:
         """The batches after ``step``; DataError if the activations are others."""
         if not counts:
             batches = iter(self)
@@ -215,7 +215,7 @@ class _Batches:
             return batches
         self.epoch = counts["epoch"]
         self.buffer = ShuffleBuffer(self.config.batch_size, BUFFER, self._generator())
-        own = {name.removeprefix("stream."): value for name, value in tensors.items() if name.startswith("stream.")}
+        own = {name.removeprefix("stream."): value for name, value in tensors.items()}
         self.stream = self.buffer.restore(counts, own, self.activations)
         return iter(self)
 
@@ -343,4 +343,4 @@ class _Trainer:
         self.step, self.log = state["step"], state["log"]
         for name, tensor in self.live.items():
             tensor.copy_(tensors[name])
-        return self.source.resume(self.step, state["stream"], tensors)
+        return self.source.resume(self.step, state.get("stream"), tensors)
