@@ -168,7 +168,7 @@ def test_states_above_the_budget_are_streamed_and_the_held_out_ones_come_first(b
     assert torch.equal(vectors["held_out"], expected)
 
 
-def test_a_killed_training_on_a_stream_computes_no_state_twice(backbone, tmp_path, monkeypatch):
+def test_a_killed_training_on_a_stream_does_not_start_its_extraction_again(backbone, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "SAETrainConfig", partial(training.SAETrainConfig, checkpoint_every=2))
     monkeypatch.setattr(training, "BUFFER", 128)
     monkeypatch.setattr(pipeline, "_ahead", iter)  # so that what is computed is what is used
