@@ -127,6 +127,14 @@ def test_resuming_is_bit_exact_and_uses_whole_checkpoints_only(tmp_path):
         trained(data_seed=3, resume=True, **settings)
 
 
+def test_a_checkpoint_at_an_epochs_end_holds_its_evaluation(tmp_path):
+    trainer = trained(save_every=4, log_every=4, output_dir=tmp_path)
+    for step in (8, 12):
+        state = json.loads((tmp_path / f"checkpoint-{step}/trainer_state.json").read_text())
+        assert sum("eval_loss" in one for one in state["log_history"]) == step // 4
+    assert sum("eval_loss" in one for one in trainer.log_history) == 3
+
+
 def test_accumulated_micro_batches_give_the_same_step():
     # 12 pairs in micro batches of 8 and 4: every pair must weigh the same
     one = weights(trained(pairs=12, epochs=1).model)

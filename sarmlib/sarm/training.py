@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Sampler
-from transformers import PrinterCallback, SchedulerType, Trainer, TrainerControl, TrainingArguments
+from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from sarmlib.chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id
@@ -104,6 +104,17 @@ class LengthGroupedSampler(Sampler):
         yield from np.concatenate([groups[rng.permutation(len(groups))].ravel(), rest]).tolist()
 
 
+class _EvaluateFirst(TrainerCallback):
+    """A checkpoint at an epoch's end waits for the evaluation, which a run that resumes there does not repeat."""
+
+    def on_step_end(self, args, state, control, **_):
+        self.late = control.should_save and state.epoch == int(state.epoch)
+        control.should_save &= not self.late
+
+    def on_epoch_end(self, args, state, control, **_):
+        control.should_save |= self.late
+
+
 class RewardTrainer(Trainer):
     """Train `model` (`SarmForSequenceClassification` or `ScalarRewardModel`) in place by the loss of equation 1.
 
@@ -128,6 +139,7 @@ class RewardTrainer(Trainer):
                          train_dataset=train_set, eval_dataset=eval_set, processing_class=tokenizer,
                          data_collator=partial(collate_pairs, pad_id=pad_id(tokenizer)))
         self.remove_callback(PrinterCallback)  # quiet; the log is in log_history
+        self.add_callback(_EvaluateFirst)
         self.model_accepts_loss_kwargs = True  # makes the Trainer count the pairs of an accumulated batch
 
     def train(self, resume: bool | str | None = None):
