@@ -4,7 +4,7 @@
 
 Each input is given to one command in a child process bounded in time and memory.  It must be accepted, or refused in
 words (an error of the library or of the command line); a refused command must leave no file but its record of settings.
-Rows stand among sound ones, so an accepted file must come out with every sound row, and what is left out must be said.
+Rows stand among sound ones, so an accepted file must come out with every sound row, at the reward that it has alone.
 Prints counts by command, each finding, and with ``--show accepted`` what was accepted.
 """
 
@@ -118,6 +118,10 @@ def files(rows: list[dict]) -> Iterator[tuple[str, bytes]]:
         "a b \u202e.jsonl": b"{", "no suffix": good, ".hidden.jsonl": good}.items()
 
 
+OTHER_ROWS = ("latin.jsonl", "twice.jsonl", "cut.jsonl", "csv.csv", "columns.json")
+"""Damaged files whose rows are others, or fewer."""
+
+
 def flipped(good: bytes) -> bytes:
     packed = bytearray(gzip.compress(good))
     packed[len(packed) // 2] ^= 8
@@ -227,18 +231,22 @@ def cases(work: Path, bad: Path, out: Path) -> Iterator[Case]:
     yield from options(work, out)
 
 
-def judged(door: str, arguments: list, out: Path) -> tuple[str, str]:
-    """(accepted, refused, foreign, hang, killed, partial files or rows lost; what was said)."""
+def rewards(out: Path) -> set[tuple]:
+    """(row, of, reward) of the rows that a command wrote."""
+    rows = out / "rows.jsonl"
+    found = [json.loads(line) for line in rows.read_text().splitlines()] if rows.is_file() else []
+    return {(row["row"], row["of"], round(row["reward"], 4)) for row in found}
+
+
+def judged(arguments: list, out: Path, wanted: set[tuple] = frozenset()) -> tuple[str, str]:
+    """(accepted, refused, foreign, hang, killed, partial files, rows lost or misread; what was said)."""
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     what, said = command(*arguments)
-    rows = out / "rows.jsonl"
     if what == "refused" and (files_left := [name for name in left(out) if name != "evaluation.log"]):
         return "partial files", f"{files_left}: {said}"
-    if what == "ok" and door in ("score", "explain") and rows.is_file():
-        wanted = {"score": 4, "explain": 1}[door]
-        if len(rows.read_text().splitlines()) < wanted:
-            return "rows lost", said
+    if what == "ok" and (lost := wanted - rewards(out)):
+        return "rows lost or misread", f"{sorted(lost)}: {said}"
     return "accepted" if what == "ok" else what, said
 
 
@@ -252,10 +260,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         sound(work)
+        alone = {}
+        for door in ("score", "explain"):
+            (work / "rows.jsonl").write_bytes(written(ROWS[door]))
+            judged(doors(work, work / "rows.jsonl", work / "out")[door], work / "out")
+            alone[door] = rewards(work / "out")
         for number, (door, name, arguments) in enumerate(cases(work, work / "bad", work / "out")):
             if number % args.every or args.only not in (None, door):
                 continue
-            what, said = judged(door, arguments, work / "out")
+            among = "--input" in arguments and name not in OTHER_ROWS
+            what, said = judged(arguments, work / "out", alone[door] if among else frozenset())
             counts.setdefault(door, Counter())[what] += 1
             if what not in ("accepted", "refused") or what == args.show:
                 print(f"{what}: {door}, {name}: {' '.join(said.split())[-300:]!r}", flush=True)
