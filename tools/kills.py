@@ -2,9 +2,10 @@
 
     OMP_NUM_THREADS=1 python -m tools.kills [--kills 50] [--only train]
 
-A command runs once undisturbed, which also says how long it takes.  Then it is started, killed at a random moment, and
-started again on the same folder, until it ends (after a kill one start in four is let go on); its files are compared and its folder is removed; and so on
-until ``--kills`` kills are done.  Everything is compared but what holds seconds or dates.
+A command runs once undisturbed, which also says how long it takes. Then it is started, killed at a random moment, and
+started again on the same folder, until it ends (after a kill one start in four is let go on); its files are compared
+and its folder is removed; and so on until ``--kills`` kills are done. Everything is compared but what holds seconds
+or dates.
 """
 
 from __future__ import annotations
