@@ -190,16 +190,21 @@ def _fitting_batch(model) -> int:
     return max(256, 2**16 // _decoder_config(model).hidden_size)
 
 
-def _run(model, ids, masked, pad: int, batch_tokens: int | None, progress: bool) -> Iterator[tuple]:
-    """(numbers of the texts, rewards, SparseCode or None, states or None) of one batch after the other."""
+def _run(model, ids, masked, pad: int, batch_tokens: int | None, progress: bool, done=frozenset()) -> Iterator[tuple]:
+    """(numbers of the texts, rewards, SparseCode or None, states or None) of one batch after the other.
+
+    Batches are those of all texts, so that a reward is the same to the last bit when some are ``done`` before; only
+    batches that are done whole are left out.
+    """
     was_training = model.training
     model.eval()
     try:
         texts = _to_the_reward(model, ids)
         rows = pack(model, texts)
-        batches = list(token_batches([row.length for row in rows], batch_tokens or _fitting_batch(model)))
-        for batch in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
-            part = [rows[i] for i in batch]
+        batches = [[rows[i] for i in batch] for batch in
+                   token_batches([row.length for row in rows], batch_tokens or _fitting_batch(model))]
+        batches = [part for part in batches if not done.issuperset(i for row in part for i in row.members)]
+        for part in tqdm(batches, desc="scoring", unit="batch", disable=not progress):
             members = [i for row in part for i in row.members]
             if len(members) > len(part):
                 found = _shared(model, texts, masked, part)
@@ -432,14 +437,14 @@ def _evaluate(scorer: Scorer, rows: dict, path: Path, max_length: int, progress:
         keys += [(name, number, slot) for number, row in enumerate(part) for slot in range(len(answers(row)))]
         ids, masked = ids + encoded, masked + skip
     done = _resume(path, head)
-    todo = [i for i, key in enumerate(keys) if key not in done]
-    left = [ids[i] for i in todo], [masked[i] for i in todo]
+    before = {i for i, key in enumerate(keys) if key in done}
     with open(path, "a", encoding="utf-8") as file:
-        for members, values, *_ in _run(model, *left, pad_id(tokenizer), None, progress):
+        for members, values, *_ in _run(model, ids, masked, pad_id(tokenizer), None, progress, before):
             for number, value in zip(members, values.tolist(), strict=True):
-                name, row, slot = key = keys[todo[number]]
-                done[key] = value
-                file.write(json.dumps({"benchmark": name, "row": row, "slot": slot, "score": value}) + "\n")
+                if number not in before:
+                    name, row, slot = key = keys[number]
+                    done[key] = value
+                    file.write(json.dumps({"benchmark": name, "row": row, "slot": slot, "score": value}) + "\n")
             file.flush()
             os.fsync(file.fileno())
     found = {**head, "parameters": model.num_parameters(), "benchmarks": {}}
