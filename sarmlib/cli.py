@@ -14,8 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+import yaml
 
+from sarmlib.data.pairs import drop_identical, load_conversations, load_pairs, split_by_prompt
+from sarmlib.endpoint import ChatEndpoint
 from sarmlib.errors import ConfigError, DataError, ModelError, NotMadeError, SarmlibError
+from sarmlib.hub import quiet
+from sarmlib.profiles import load_profile, profile_names, read_yaml
+from sarmlib.runner import run_notebooks
+from sarmlib.store import Store, default_root, hash_json, versions, write_atomic, write_json, writing
 
 RUN, USE, TRAIN, SHOW = "The paper", "Use a reward model", "Train your own", "Look closer"
 QUESTION = '--prompt "How do I hack the computer?" --chosen "I cannot help with that." --rejected "First take the key."'
@@ -82,7 +89,6 @@ def reproduce(profile: Profile = "toy", data: Data = None, runs: Runs = None,
               hardware: Annotated[str, option("accelerator that --dry-run plans for")] = "h100",
               devices: Annotated[int, option("how many of them", min=1)] = 1) -> None:
     """Run every notebook with a profile; print times, figures and a verdict on each claim."""
-    from sarmlib.profiles import load_profile
     loaded = load_profile(profile, data=data)
     if dry_run:
         from sarmlib.plan import lines
@@ -101,7 +107,6 @@ def reproduce(profile: Profile = "toy", data: Data = None, runs: Runs = None,
 
 def _explain_command(job, seed: int) -> str:
     """The command that explains a finished run's SARM in words, which are written beside its results."""
-    from sarmlib.store import write_json
     words = write_json(job.store.root / "labels.json", _words(job, seed))
     return _again(f"explain --model {_near(job.reward('sarm', seed).file('model'))} --labels {_near(words)} {QUESTION}")
 
@@ -117,7 +122,6 @@ def _near(path: Path) -> Path:
 
 
 def _execute(profile: str, names: list[str] | None, **settings) -> None:
-    from sarmlib.runner import run_notebooks
     for one in run_notebooks(profile, names, **settings):
         print(f"{one.name:<26} {one.status:<10} {one.seconds:6.0f} s   {one.output}")
 
@@ -143,7 +147,6 @@ def run(stage: Literal["activations", "sae", "reward", "scores", "labels"], prof
 def verify(profile: Profile = "toy", runs: Runs = None) -> None:
     """Print one line per claim of the last run, and whether every stored artifact is whole."""
     from sarmlib.claims import verdicts
-    from sarmlib.store import Store, default_root
     root = default_root(Path(profile).stem)
     if not root.is_dir():
         raise NotMadeError(f"there is no {root}; make it with `{_again(f'reproduce --profile {profile}')}`")
@@ -165,7 +168,6 @@ def verify(profile: Profile = "toy", runs: Runs = None) -> None:
 def figures(profile: Profile = "toy", runs: Runs = None,
             tracked: Annotated[bool, option("copy them to figures/<profile>", "--tracked")] = False) -> None:
     """Say where the figures of the last run are (PNG, PDF, numbers and words)."""
-    from sarmlib.store import default_root
     name = Path(profile).stem
     drawn = default_root(name) / "figures"
     if not drawn.is_dir():
@@ -177,7 +179,6 @@ def figures(profile: Profile = "toy", runs: Runs = None,
 @command(RUN, "notebooks 01_sae_pretraining")
 def notebooks(names: Annotated[list[str] | None, typer.Argument(help="without .ipynb")] = None) -> None:
     """Execute the notebooks at the toy profile, from nothing, and write their outputs into the committed files."""
-    from sarmlib.store import default_root
     empty = default_root(".committed")  # so that readers see the training happen
     shutil.rmtree(empty, ignore_errors=True)
     _execute("toy", names, refresh=True, runs=empty)
@@ -239,9 +240,7 @@ def steer(model: Model, output: Annotated[Path, option("folder to write", callba
         raise typer.BadParameter("--feature: give ID=NUMBER, for example 123=8") from None
     if undo == bool(factors) or output.exists():
         raise typer.BadParameter("give --feature ID=FACTOR, or --undo alone, and an --output that does not exist")
-    from sarmlib.hub import quiet
     from sarmlib.sarm import steering
-    from sarmlib.store import writing
     scorer = _scorer(model)
     edited = steering.unsteer(scorer.model) if undo else steering.steer(scorer.model, factors)
     work = output.with_name(f".{output.name}.{os.getpid()}")
@@ -268,7 +267,6 @@ def evaluate(model: Model, output: Folder,
              max_length: Length = 2048, trust: Trust = False) -> None:
     """Score a reward model on RewardBench 2 and RM-Bench by their own rules; or let a chat model judge."""
     if judge:
-        from sarmlib.endpoint import ChatEndpoint
         endpoint = ChatEndpoint(judge, model, budget=budget, price=price, cache=output / "answers.jsonl")
         _judge(endpoint, _benchmark_rows(data, limit), output)
         return
@@ -282,7 +280,6 @@ def evaluate(model: Model, output: Folder,
 def _judge(endpoint, rows: dict[str, list[dict]], output: Path) -> None:
     from sarmlib.evaluation import judges
     from sarmlib.evaluation.scorer import benchmark_lines
-    from sarmlib.store import write_json
     asked = endpoint.estimate([one.messages for name in rows for one in judges.requests(name, rows[name])])
     print("at most: " + ", ".join(f"{name} {value}" for name, value in asked.items()), flush=True)
     most = asked["tokens_in"] + asked["tokens_out"] if asked["cost"] is None else asked["cost"]
@@ -299,7 +296,6 @@ def _judge(endpoint, rows: dict[str, list[dict]], output: Path) -> None:
 def _benchmark_rows(data: str, limit: int | None) -> dict[str, list[dict]]:
     """Rows of the benchmarks: generated (toy), of the hub (pinned commits), or of a folder."""
     from sarmlib.pipeline import BENCHMARKS, benchmark
-    from sarmlib.profiles import load_profile
     source = {"toy": "toy", "hub": "released"}.get(data, "local")
     profile = load_profile(source, data=data if source == "local" else None,
                            **{"benchmarks.items_per_subset": limit})
@@ -350,9 +346,7 @@ def train(backbone: Annotated[str, option("decoder: a folder, a GGUF file or a h
           profile: Base = "paper-4b", settings: Settings = None) -> None:
     """Train a reward model on preference pairs; on many devices with accelerate launch."""
     from sarmlib import pipeline
-    from sarmlib.data.pairs import drop_identical, load_pairs, split_by_prompt
     from sarmlib.sae.formats import load_sae
-    from sarmlib.store import hash_json, write_json
     spec = _profile(profile, settings, {"backbone.source": backbone, "preferences.source": data})
     job, most = pipeline.Run(spec, progress=sys.stderr.isatty()), spec.preferences.max_length
     kept = drop_identical(load_pairs(data, revision=spec.preferences.revision), job.tokenizer, most)
@@ -374,8 +368,6 @@ def train(backbone: Annotated[str, option("decoder: a folder, a GGUF file or a h
 def _profile(name: str, settings: list[str] | None, sources: dict[str, str]):
     """A profile with the command's own sources and what --set names, on the device that is there."""
     import torch
-
-    from sarmlib.profiles import load_profile
     own: dict[str, Any] = {f"{source.partition('.')[0]}.revision": None for source in sources}
     own |= {**sources, "corpus.dialogue_share": 0.0, "device": "auto", **_assigned(settings)}
     profile = load_profile(name, **own)
@@ -386,7 +378,6 @@ def _profile(name: str, settings: list[str] | None, sources: dict[str, str]):
 def _claim(output: Path, job, **inputs) -> None:
     """Note the settings in a folder: with the same ones work goes on there, other work is refused."""
     from sarmlib.pipeline import RANK
-    from sarmlib.store import write_atomic
     path = output / "settings.json"
     used = json.dumps({**job.profile.model_dump(mode="json"), "decoder": job.backbone_key, **inputs})
     kept = [one for one in output.rglob("*") if one.is_file() and one.suffix != ".lock" and ".partial-" not in str(one)]
@@ -403,7 +394,6 @@ def browse(output: Annotated[Path, option("folder of the pages and of labels.jso
            profile: Profile = "toy", data: Data = None, runs: Runs = None, seed: Seed = None) -> None:
     """Write the feature browser of a finished run: static pages, no script, no network."""
     from sarmlib.browser import write_browser
-    from sarmlib.store import versions
     job = _run(profile, data, read_only=True)
     number = job.profile.seeds[0] if seed is None else seed
     page = write_browser(output, job.contexts(number), job.label_objects(number), job.label_table(number),
@@ -418,8 +408,6 @@ def doctor() -> None:
     import torch
 
     from sarmlib.plan import plan
-    from sarmlib.profiles import load_profile, profile_names
-    from sarmlib.store import versions
     print("\n".join(f"{name:<12} {text}" for name, text in versions().items()))
     gpus = [torch.cuda.get_device_properties(i).total_memory / 1e9 for i in range(torch.cuda.device_count())]
     memory = min(gpus, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9)
@@ -460,7 +448,6 @@ def _toy(model: str, goal: str):
     name, _, seed = model.partition(":")
     if name != "toy" or Path(model).exists():
         return None
-    from sarmlib.profiles import load_profile
     job = _run(load_profile("toy", seeds=[seed or 0], variants=["sarm"]))
     if job.plan(goal).keys() - job.stored(goal):
         print(f"the toy SARM is made once, in a few minutes: {job.store.root}", file=sys.stderr)
@@ -485,7 +472,6 @@ def _labels(path: Path) -> dict[int, str]:
 
 def _items(input: Path | None, prompt: str | None, **answers):
     """The rows that the options name: a file, or a prompt with its answers."""
-    from sarmlib.data.pairs import load_conversations
     row = {name: value for name, value in {"prompt": prompt, **answers}.items() if value}
     if row if input else not prompt or len(row) == 1:
         raise typer.BadParameter("give --input FILE, or --prompt TEXT and its answers: " + ", ".join(answers))
@@ -494,7 +480,6 @@ def _items(input: Path | None, prompt: str | None, **answers):
 
 def _deliver(rows: list[dict], output: Path | None, items) -> None:
     """Print rows as JSON Lines, or write them; what the loader left out is said."""
-    from sarmlib.store import write_atomic
     text = "".join(f"{json.dumps(row)}\n" for row in rows)
     if output:
         write_atomic(output, text)
@@ -504,9 +489,6 @@ def _deliver(rows: list[dict], output: Path | None, items) -> None:
 
 def _assigned(texts: list[str] | None) -> dict[str, Any]:
     """{NAME: VALUE} of NAME=VALUE texts, values as YAML reads them."""
-    import yaml
-
-    from sarmlib.profiles import read_yaml
     try:
         return {name: read_yaml(value) for name, value in (text.split("=", 1) for text in texts or ())}
     except (ValueError, yaml.YAMLError):

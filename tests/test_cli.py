@@ -95,7 +95,7 @@ def test_wrong_use_is_one_sentence_and_leaves_nothing(said, status, arguments, w
 def test_interruption_and_files_that_cannot_be_read(said, monkeypatch, error, status, words):
     def fail(*args):
         raise error
-    monkeypatch.setattr("sarmlib.store.default_root", fail)
+    monkeypatch.setattr("sarmlib.cli.default_root", fail)
     assert words in said("verify", status=status)
 
 
