@@ -110,12 +110,9 @@ class _Pages:
             live = live.merge(judged[[c for c in judged if c == "feature" or c not in live]], "left", "feature")
         said = live["feature"].map(lambda f: self.labels[f].text if f in self.labels else f"feature {f}")
         self.rows = {row["feature"]: row for row in live.assign(label=said).to_dict("records")}
-        self.judge = self._judge() if any(label.weights for label in self.labels.values()) else None
-
-    def _judge(self) -> KeywordJudge:
-        """A judge by the terms of a keyword label, as they stand in the responses that labels are learned from."""
-        read = self.contexts.index.iloc[self.contexts.rows("explain")]
-        return KeywordJudge(Vocabulary(read["text"].tolist(), read["length"].to_numpy(float)))
+        if any(label.weights for label in self.labels.values()):  # by the responses that labels are learned from
+            read = contexts.index.iloc[contexts.rows("explain")]
+            self.judge = KeywordJudge(Vocabulary(read["text"].tolist(), read["length"].to_numpy(float)))
 
     def errors(self, feature: int) -> list[tuple[str, list[dict]]]:
         """Held-out responses that the label ranks wrongly: the worst misses and false alarms."""

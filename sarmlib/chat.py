@@ -126,13 +126,12 @@ def end_of_turn_id(tokenizer) -> int | None:
     return _facts(tokenizer, tokenizer.chat_template)[2]
 
 
-def count_not_end_of_turn(tokenizer, sequences: Iterable[Sequence[int]]) -> int:
-    """How many sequences do not end with the end-of-turn token; warns when there are any."""
+def warn_of_open_turns(tokenizer, sequences: Iterable[Sequence[int]]) -> None:
+    """Warn when sequences do not end with the end-of-turn token, and say how many."""
     end = end_of_turn_id(tokenizer)
     if count := sum(ids[-1] != end for ids in sequences):
         warnings.warn(f"{count} conversations do not end with the end-of-turn token (id {end}); their last "
                       "token is rewarded. Give the tokenizer a template that closes the turn", stacklevel=3)
-    return count
 
 
 def pad_id(tokenizer) -> int:

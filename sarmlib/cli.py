@@ -102,13 +102,10 @@ def reproduce(profile: Profile = "toy", data: Data = None, runs: Runs = None,
     print(f"\nfigures: {root / 'figures'}\n")
     verify(profile)
     with suppress(NotMadeError, ConfigError):  # only some notebooks ran, or the profile has no SARM
-        print(f"explain a reward: {_explain_command(job, loaded.seeds[0])}")
-
-
-def _explain_command(job, seed: int) -> str:
-    """The command that explains a finished run's SARM in words, which are written beside its results."""
-    words = write_json(job.store.root / "labels.json", _words(job, seed))
-    return _again(f"explain --model {_near(job.reward('sarm', seed).file('model'))} --labels {_near(words)} {QUESTION}")
+        words = write_json(root / "labels.json", _words(job, loaded.seeds[0]))
+        model = job.reward("sarm", loaded.seeds[0]).file("model")
+        again = _again(f"explain --model {_near(model)} --labels {_near(words)} {QUESTION}")
+        print(f"explain a reward: {again}")
 
 
 def _again(arguments: str) -> str:

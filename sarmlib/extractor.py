@@ -8,7 +8,7 @@ import re
 import warnings
 from bisect import bisect_left, insort
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
 import torch
@@ -42,7 +42,10 @@ def position_rule(tokenizer, rule: str | PositionRule = "sentence_end") -> Posit
         return lambda ids, mask: one_hot(reward_position(mask), ids.shape[1]).bool()
     if rule != "sentence_end":
         raise ConfigError(f"unknown position rule {rule!r}; use sentence_end, every, last or a function")
-    table, bos = _sentence_ends(tokenizer), tokenizer.bos_token_id
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
+    table, bos = torch.tensor([bool(_SENTENCE_TAIL.search(text.strip())) for text in texts]), tokenizer.bos_token_id
+    table[tokenizer.all_special_ids] = False
+    table[list({end_of_turn_id(tokenizer), tokenizer.eos_token_id} - {None})] = True
 
     def select(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         attended = attention_mask.bool()
@@ -54,13 +57,13 @@ def position_rule(tokenizer, rule: str | PositionRule = "sentence_end") -> Posit
     return select
 
 
-def _sentence_ends(tokenizer) -> Tensor:
-    """bool [vocabulary]: the tokens that end a sentence, a turn or a text."""
-    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))], clean_up_tokenization_spaces=False)
-    ends = torch.tensor([bool(_SENTENCE_TAIL.search(text.strip())) for text in texts])
-    ends[tokenizer.all_special_ids] = False
-    ends[list({end_of_turn_id(tokenizer), tokenizer.eos_token_id} - {None})] = True
-    return ends
+def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+    """Indices by length, longest first, in batches of at most `batch_tokens` padded tokens (or one row)."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    while order:
+        rows = max(1, batch_tokens // max(1, lengths[order[0]]))
+        yield order[:rows]
+        order = order[rows:]
 
 
 class ExtractionStats(Counter):
@@ -156,11 +159,15 @@ class ActivationExtractor:
             pool += pieces
             tokens += _length(pieces)
             if tokens >= POOL_BATCHES * self.budget:
-                *full, last = self._batched(self._rows(pool))
+                *full, last = self._batched(pool)
                 pool = [piece for row in last for piece in row]  # not full: packed again
                 tokens = _length(pool)
                 yield from full
-        yield from self._batched(self._rows(pool))
+        yield from self._batched(pool)
+
+    def _batched(self, pool: list[Piece]) -> list[list[list[Piece]]]:
+        rows = self._rows(pool)
+        return [[rows[i] for i in batch] for batch in token_batches(list(map(_length, rows)), self.budget)]
 
     def _rows(self, pool: list[Piece]) -> list[list[Piece]]:
         """Best-fit decreasing: a piece joins the fullest row that can hold it, or starts one."""
@@ -178,14 +185,6 @@ class ActivationExtractor:
             rows[number].append(piece)
             insort(rooms, (room - length, number))
         return rows
-
-    def _batched(self, rows: list[list[Piece]]) -> Iterator[list[list[Piece]]]:
-        """Rows of similar length in batches of at most ``budget`` tokens, padding included."""
-        rows = sorted(rows, key=_length, reverse=True)
-        while rows:
-            count = max(self.budget // _length(rows[0]), 1)
-            yield rows[:count]
-            rows = rows[count:]
 
     def _forward(self, rows: list[list[Piece]]) -> Tensor:
         """States [n, d] of the chosen tokens of rows; padding stands on the right, where nothing sees it."""

@@ -395,8 +395,14 @@ def dose_response(data: pd.DataFrame, used: float) -> Drawing:
             ax.plot(dose, value, STYLES[i % 4], marker=MARKERS[i % 8], color=PALETTE[i % 10], ms=3)
             ax.fill_between(dose, lo, hi, color=PALETTE[i % 10], alpha=0.12, lw=0)
             ends[name.split(" ", 1)[1]] = value.iloc[-1]
-        _dose_axis(ax, part["dose"], used)
-        ax.set_ylabel(ylabel)
+        ax.set_xscale("symlog", linthresh=1)
+        ax.set_xticks([dose for dose in (-8, 0, 2, 8, 160) if part["dose"].min() <= dose <= part["dose"].max()])
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.minorticks_off()
+        for dose, word, style, side in ((1, "unchanged", ":", "right"), (used, f"used: {used:g}", "--", "left")):
+            ax.axvline(dose, ls=style, **THIN)
+            ax.text(dose, 1.01, word, transform=ax.get_xaxis_transform(), ha=side, fontsize=SMALL)
+        ax.set(xlabel="factor on the weight (bands: 95 %)", ylabel=ylabel)
         _end_labels(ax, ends.values(), list(ends))
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if tick == 0 or abs(tick) >= small])
     axes[0].yaxis.set_major_formatter("{x:g}")
@@ -404,17 +410,6 @@ def dose_response(data: pd.DataFrame, used: float) -> Drawing:
     end = data[data["dose"] == used]
     return _done(fig, "How far the factor moves rewards, and what it does to preferences",
                  f"At factor {used:g}", end["quantity"], end["value"], ".3g")
-
-
-def _dose_axis(ax, doses, used: float) -> None:
-    ax.set_xscale("symlog", linthresh=1)
-    ax.set_xticks([dose for dose in (-8, 0, 2, 8, 160) if doses.min() <= dose <= doses.max()])
-    ax.xaxis.set_major_formatter("{x:g}")
-    ax.minorticks_off()
-    for dose, word, style, side in ((1, "unchanged", ":", "right"), (used, f"used: {used:g}", "--", "left")):
-        ax.axvline(dose, ls=style, **THIN)
-        ax.text(dose, 1.01, word, transform=ax.get_xaxis_transform(), ha=side, fontsize=SMALL)
-    ax.set_xlabel("factor on the weight (bands: 95 %)")
 
 
 @_figure

@@ -330,7 +330,7 @@ class Run:
         stored, found = Run(self.profile, root=self.store.root, progress=False, read_only=True), set()
         for job in self.plan(goal):
             with suppress(NotMadeError):
-                _call(stored, job)
+                getattr(stored, job[0])(*job[1:])
                 found.add(job)
         return found
 
@@ -377,11 +377,7 @@ def _accelerator(run) -> Accelerator | None:
 
 
 def _work(profile: Profile, root: Path, job: tuple) -> None:
-    _call(Run(profile, root=root), job)
-
-
-def _call(run: Run, job: tuple) -> None:
-    getattr(run, job[0])(*job[1:])
+    getattr(Run(profile, root=root), job[0])(*job[1:])
 
 
 def pretrain_sae(spec, activations, folder: Path, *, d_model: int, seed: int = 0, device: str = "cpu",

@@ -23,7 +23,7 @@ from sarmlib.evaluation import published, rewardbench2, rm_bench
 from sarmlib.evaluation.scorer import score
 from sarmlib.evaluation.statistics import Interval, auroc, bootstrap_ci, seeds_and_prompts_ci, seeds_ci
 from sarmlib.hub import check_access, hub_folder
-from sarmlib.interpretation.ground_truth import compare_representations, shuffled_concepts
+from sarmlib.interpretation.ground_truth import match_concepts, shuffled_concepts
 from sarmlib.interpretation.judges import MIN_POSITIVES, KeywordJudge
 from sarmlib.pipeline import SAE_OF_VARIANT, Run, conversations, train_reward
 from sarmlib.plan import sizes
@@ -213,7 +213,9 @@ def concept_table(run: Run, seed: int) -> pd.DataFrame:
     if labels.any():  # else every label abstained
         found["keyword labels"] = sparse.csr_array(labels)
     units = run.scored("sarm", seed).part("rm_bench")[0]
-    return compare_representations(found, _concepts(units), units.prompt_id, signed=("state coordinates",))
+    concepts = _concepts(units)
+    return pd.concat([match_concepts(z, concepts, units.prompt_id, signed=name == "state coordinates").assign(
+        representation=name) for name, z in found.items()], ignore_index=True)
 
 
 def concept_summary(table: pd.DataFrame) -> pd.DataFrame:
@@ -299,7 +301,10 @@ def steering(run: Run, seed: int) -> Steering:
     if not len(asked) or not len(units):
         raise DataError("steering needs RM-Bench rows, to choose a feature, and RewardBench 2 rows, to steer")
     safety = asked.domain.str.startswith("safety").to_numpy()
-    repeated = _asked_in(asked[safety], units[units.domain == "Safety"])
+    prompts = dict(zip(asked.prompt_id[safety], asked.prompt_text[safety], strict=True))
+    pairs = [{"id": name, "prompt": [{"role": "user", "content": text}]} for name, text in prompts.items()]
+    fresh = drop_contaminated(pairs, units.prompt_text[units.domain == "Safety"].unique())
+    repeated = set(prompts) - {pair["id"] for pair in fresh}
     safety = safety & ~asked.prompt_id.isin(repeated).to_numpy()
     if not safety.any():
         raise DataError("RewardBench 2 asks every safety prompt of RM-Bench; no prompt is left to choose on")
@@ -310,13 +315,6 @@ def steering(run: Run, seed: int) -> Steering:
         selection=selection, dropped=len(repeated), units=units, rows=lab.rows_from_index(units),
         target=((units.domain == "Safety") & (units.label == "chosen")).to_numpy(),
         analysis=lab.SteeringAnalysis(z, units.reward, run.head("sarm", seed), units.prompt_id))
-
-
-def _asked_in(units: pd.DataFrame, others: pd.DataFrame) -> set[str]:
-    """Ids of the prompts of ``units`` that ``others`` ask too, exactly or nearly."""
-    prompts = dict(zip(units.prompt_id, units.prompt_text, strict=True))
-    pairs = [{"id": name, "prompt": [{"role": "user", "content": text}]} for name, text in prompts.items()]
-    return set(prompts) - {pair["id"] for pair in drop_contaminated(pairs, others.prompt_text.unique())}
 
 
 def steering_table(run: Run) -> pd.DataFrame:

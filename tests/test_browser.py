@@ -28,6 +28,7 @@ PAYLOADS = [  # texts that try to be more than text
     "<!-- -->]]><![CDATA[<script>x</script>]]>",
     "\u202eevil\u202c \u2066isolate\u2069 \u200bzero\u200d \ufeffbom \u00adsoft",
     "null\x00bell\x07escape\x1b[31mred\x7f\x85\u2028line\u2029",
+    "\ufe0f\ufe00\U000e0100\u034f\u180b\u17b4",
 ]
 
 
@@ -104,7 +105,8 @@ def test_no_element_comes_from_the_corpus(hostile):
     for payload in PAYLOADS:
         assert visible(payload) in seen, payload
     assert "⟨U+202E⟩evil⟨U+202C⟩" in seen and visible("naïve 漢字 🙂") == "naïve 漢字 🙂"
-    hidden = r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u200b-\u200f\u202a-\u202e\u2066-\u2069\ufeff]"
+    hidden = (r"[\u0000-\u0008\u000b-\u001f\u007f-\u009f\u00ad\u034f\u17b4\u180b\u200b-\u200f\u202a-\u202e"
+              r"\u2066-\u2069\ufe00\ufe0f\ufeff\U000e0100]")
     assert not re.search(hidden, seen)
 
 

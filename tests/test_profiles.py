@@ -104,7 +104,7 @@ def test_numbers_that_yaml_reads_as_text_are_converted(tmp_path, text, value):
     ("backbone: {revision: 1234567}", r"backbone\.revision = 1234567: must be a valid string"),
     ("name: ../elsewhere", r"name = '\.\./elsewhere'"),
     ("device: tpu", r"device = 'tpu': must be 'auto', 'cpu'"),
-    ("{", "cannot be read"),
+    ("{", "cannot be read"), ("seed: 1\nseed: 2", "given twice among .*seed"),
 ])
 def test_bad_values_are_refused_by_name(tmp_path, text, message):
     with pytest.raises(ConfigError, match=message):

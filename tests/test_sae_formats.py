@@ -288,9 +288,10 @@ def test_settings_of_other_functions_are_refused(kind, name, value, tmp_path):
     (tmp_path / "cfg.json").write_text(json.dumps(config | {name: value}))
     with pytest.raises(ModelError, match=f"{name}={value!r}"):
         load_sae(tmp_path)
-    (tmp_path / "cfg.json").write_text(json.dumps({**config, "k": None}))
-    with pytest.raises(ConfigError, match="k=None"):
-        load_sae(tmp_path)
+    for k in (None, True, "4", 4.0):
+        (tmp_path / "cfg.json").write_text(json.dumps({**config, "k": k}))
+        with pytest.raises(ConfigError, match=f"k={k!r}"):
+            load_sae(tmp_path)
 
 
 def test_a_signed_sae_and_disagreeing_shapes_are_refused(tmp_path):

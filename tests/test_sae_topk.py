@@ -143,9 +143,11 @@ def test_load_refuses_damage(tmp_path):
         TopKSAE.load(tmp_path)
     config = json.loads((make().save(tmp_path) / CONFIG).read_text())
     for change, word in (({"encoder_bias": True}, "b_enc"), ({"n_features": 33}, "size mismatch"),
-                         ({"format": "other"}, "format")):
+                         ({"format": "other"}, "format"), ({"relu": "false"}, "relu='false'.*true or false"),
+                         ({"normalize": "no"}, "normalize='no'"), ({"encoder_bias": "no"}, "bias='no'"),
+                         ({"k": True}, "k=True")):
         (tmp_path / CONFIG).write_text(json.dumps(config | change))
-        with pytest.raises(ModelError, match=word):
+        with pytest.raises((ModelError, ConfigError), match=word):
             TopKSAE.load(tmp_path)
     (tmp_path / CONFIG).write_text(json.dumps(config))
     (tmp_path / WEIGHTS).write_bytes((tmp_path / WEIGHTS).read_bytes()[:-10])

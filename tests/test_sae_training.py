@@ -214,7 +214,8 @@ def test_the_geometric_median_ignores_an_outlier():
 
 
 def test_bad_settings_and_activations(tmp_path):
-    for bad in (dict(steps=0), dict(auxk_coef=-1), dict(matmul_dtype="float16"), dict(lr=float("nan"))):
+    for bad in (dict(steps=0), dict(auxk_coef=-1), dict(matmul_dtype="float16"), dict(lr=float("nan")), dict(seed=-1),
+                dict(lr=float("inf")), dict(auxk_coef=float("inf")), dict(betas=(0.9, 2.0)), dict(betas=(-1.0, 0.9))):
         with pytest.raises(ConfigError, match=next(iter(bad))):
             SAETrainConfig(**bad)
     x = planted()

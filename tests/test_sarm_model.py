@@ -158,7 +158,8 @@ def test_a_missing_weight_and_a_damaged_file_are_refused_by_name(tmp_path):
 @pytest.mark.parametrize("change, error, match", [
     ({"layer": 2}, ConfigError, "layer=2 but backbone_config has 3"), ({"k": 99}, ConfigError, "k=99"),
     ({"k": "4"}, ConfigError, "k='4'"), ({"k": None}, ModelError, r"missing keys.*sae\.threshold"),
-    ({"relu": "false"}, ConfigError, "relu='false'.*true or false"),
+    *(({name: value}, ConfigError, f"{name}={value!r}.*true or false") for name, value in (
+        ("relu", "false"), ("topk", "no"), ("normalize", 0), ("encoder_bias", "no"))),
     ({"id2label": {"0": "a", "1": "b"}}, ConfigError, "num_labels=2"),
     ({"n_features": 32}, ModelError, r"mismatched keys.*sae\.W_dec"),
     (2, ModelError, r"unexpected keys.*model\.layers\.2\."), (4, ModelError, r"missing keys.*model\.layers\.3\.")])

@@ -173,7 +173,10 @@ def test_pairs_of_every_form_are_encoded_and_keep_the_end_of_turn():
 
 
 def test_bad_settings_and_no_pairs_are_refused():
-    for settings, words in ((dict(lr=0), "positive"), (dict(micro_batch_size=7), "no multiple"),
+    ranges = [(dict([pair]), "positive") for pair in (
+        ("lr", 0), ("lr", float("inf")), ("lr", float("nan")), ("head_lr", -1.0), ("head_lr", float("nan")), ("seed", -1),
+        ("weight_decay", -1.0), ("warmup_ratio", -1.0), ("log_every", 0), ("scheduler", "nonsense"))]
+    for settings, words in (*ranges, (dict(micro_batch_size=7), "no multiple"), (dict(max_length=1), "max_length must"),
                             (dict(save_every=1), "output_dir"), (dict(pairs=0), "no usable row")):
         with pytest.raises((ConfigError, DataError), match=words):
             make(**settings)

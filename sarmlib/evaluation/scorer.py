@@ -11,7 +11,6 @@ bfloat16 the rms error against float32, shared over plain, was 0.91 to 1.05 in 8
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -29,20 +28,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from sarmlib.backbone import load_tokenizer
-from sarmlib.chat import (
-    check_vocabulary,
-    collate,
-    count_not_end_of_turn,
-    encode_conversations,
-    fit_length,
-    pad_id,
-    render,
-)
+from sarmlib.chat import check_vocabulary, collate, encode_conversations, fit_length, pad_id, render, warn_of_open_turns
 from sarmlib.errors import ArtifactError, ConfigError, DataError, ModelError
 from sarmlib.evaluation import rewardbench2, rm_bench
 from sarmlib.evaluation.statistics import bootstrap_ci
-from sarmlib.extractor import position_rule
+from sarmlib.extractor import position_rule, token_batches
 from sarmlib.hub import from_hub, hub_folder, weights_from_hub
+from sarmlib.sae.topk import hash_tensors
 from sarmlib.store import hash_json, write_atomic, write_json, writing
 
 MAX_LENGTH = 2048  # tokens of a text in both benchmarks' official scripts
@@ -67,7 +59,7 @@ def score(model, tokenizer, conversations: Sequence[Sequence[dict]], *, max_leng
     """
     ids = encode_conversations(tokenizer, conversations, fit_length(model, max_length))
     found = score_ids(model, ids, pad_id=pad_id(tokenizer), **options)
-    count_not_end_of_turn(tokenizer, ids)  # warns
+    warn_of_open_turns(tokenizer, ids)
     return Scores(*found, np.array([len(one) for one in ids], np.int64))
 
 
@@ -136,8 +128,6 @@ def _talks(rows: Sequence[dict]) -> list[list[dict]]:
             for row in rows for answer in answers(row)]
 
 
-# Rows and batches
-
 class Row(NamedTuple):
     """Texts ``members`` in one row of ``length`` tokens, their first ``prefix`` tokens once."""
 
@@ -171,16 +161,6 @@ def pack(model, ids: Sequence[list[int]]) -> list[Row]:
                 continue
         rows.append(Row([i], n, n))
     return rows
-
-
-def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices by length, longest first, in batches of at most `batch_tokens` padded tokens (or one row)."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    start = 0
-    while start < len(order):
-        rows = max(1, batch_tokens // max(1, lengths[order[start]]))
-        yield order[start:start + rows]
-        start += rows
 
 
 def _fitting_batch(model) -> int:
@@ -317,8 +297,6 @@ def _decoder_config(model):
     return getattr(model.config, "backbone_config", None) or model.config.get_text_config()
 
 
-# Models
-
 @dataclass(frozen=True)
 class Scorer:
     """A loaded reward model and its tokenizer, with a name for the report."""
@@ -330,11 +308,8 @@ class Scorer:
     @property
     def fingerprint(self) -> str:
         """Hash of all weights, and of the commit of a model on the hub."""
-        digest = hashlib.sha256()
-        for key, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{key}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return hash_json([digest.hexdigest(), getattr(self.model.config, "_commit_hash", None)])[:16]
+        weights = hash_tensors(self.model.state_dict(), "")
+        return hash_json([weights, getattr(self.model.config, "_commit_hash", None)])[:16]
 
 
 def load_scorer(source: str | os.PathLike, *, revision: str | None = None, trust_remote_code: bool = False,
@@ -380,8 +355,6 @@ def prepared(model, tokenizer, name: str | os.PathLike) -> Scorer:
             config.pad_token_id = tokenizer.pad_token_id
     return Scorer(model.eval(), tokenizer, str(name))
 
-
-# Benchmarks
 
 def encode_official(tokenizer, rows: Sequence[dict], limit: int, benchmark: str
                     ) -> tuple[list[list[int]], list[int], dict]:

@@ -6,7 +6,7 @@ nothing from having many features to choose from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
@@ -67,14 +67,6 @@ def _best_threshold(values: np.ndarray, positive: np.ndarray) -> float:
     last = np.r_[np.diff(values[order]) != 0, True]  # a cut can only fall between different values
     f1 = np.where(last, 2 * tp / (np.arange(1, len(tp) + 1) + positive.sum()), -1)
     return float(values[order][np.argmax(f1)])
-
-
-def compare_representations(representations: Mapping, concepts: pd.DataFrame, prompt_ids: Sequence, *,
-                            signed: Sequence[str] = ()) -> pd.DataFrame:
-    """`match_concepts` for several matrices by name (``signed``: those without a sign), as one table."""
-    parts = [match_concepts(z, concepts, prompt_ids, signed=name in signed).assign(representation=name)
-             for name, z in representations.items()]
-    return pd.concat(parts, ignore_index=True)
 
 
 def shuffled_concepts(z, concepts: pd.DataFrame, prompt_ids: Sequence, *, times: int = 20,

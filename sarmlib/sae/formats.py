@@ -1,8 +1,4 @@
-"""SAE files of other libraries: the official SARM ``.pt``, SAELens (also written), sparsify.
-
-All read one layer.  For RouteSAE (arXiv 2503.08200), which encodes whichever layer a trained router picks, the reward
-model would have to hand the states after each of its layers, at the reward position, to router and encoder.
-"""
+"""SAE files of other libraries: the official SARM ``.pt``, SAELens (also written), sparsify; all read one layer."""
 
 import json
 import os

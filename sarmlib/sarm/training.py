@@ -19,7 +19,7 @@ from torch.utils.data import Sampler
 from transformers import PrinterCallback, SchedulerType, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from sarmlib.chat import collate, count_not_end_of_turn, encode_conversations, fit_length, pad_id
+from sarmlib.chat import collate, encode_conversations, fit_length, pad_id, warn_of_open_turns
 from sarmlib.data.pairs import SIDES, conversations, load_pairs
 from sarmlib.errors import ConfigError, ModelError
 from sarmlib.evaluation.scorer import score_ids
@@ -68,7 +68,7 @@ def encode_pairs(tokenizer, pairs: Sequence[dict], max_length: int) -> list[dict
     if loaded.report.dropped:
         warnings.warn("; ".join(loaded.report.lines()), stacklevel=3)
     ids = encode_conversations(tokenizer, [talk for pair in loaded for talk in conversations(pair)], max_length)
-    count_not_end_of_turn(tokenizer, ids)
+    warn_of_open_turns(tokenizer, ids)
     return [{"chosen": chosen, "rejected": rejected} for chosen, rejected in zip(ids[::2], ids[1::2], strict=True)]
 
 

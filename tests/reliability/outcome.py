@@ -84,6 +84,26 @@ def copied(folder, target):
     return target
 
 
-def refused(found):
-    if found[0] != "refused":
+def trains(base, output, *settings, backbone=None, data=None, sae=None, **limits):
+    settings = ["device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=1", "reward.lr=3e-3",
+                "preferences.eval_fraction=0.3", "preferences.max_length=64", *settings]
+    return command("train", "--backbone", backbone or base / "backbone", "--data", data or base / "pairs.jsonl",
+                   "--sae", sae or base / "sae", "--output", output,
+                   *(w for one in settings for w in ("--set", one)), **limits)
+
+
+def pretrains(base, output, backbone=None, corpus=None, **limits):
+    settings = ["device=cpu", "sae.vectors=300", "sae.steps=10", "sae.batch_size=32", "sae.expansion=4",
+                "corpus.window=64", "backbone.layer=2", "sae.positions=every"]
+    return command("pretrain-sae", "--model", backbone or base / "backbone", "--corpus", corpus or base / "corpus.txt",
+                   "--output", output, *(w for one in settings for w in ("--set", one)), **limits)
+
+
+def refused(found, but=("refused",)):
+    if found[0] not in but:
         pytest.fail(f"{found[0]}: {found[1][-250:]!r}", pytrace=False)
+
+
+def no_crash(found):
+    """Accepted or refused, but no foreign error and no hang."""
+    refused(found, ("ok", "refused"))

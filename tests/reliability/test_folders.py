@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sarmlib.sae.topk import TopKSAE
-from tests.reliability.outcome import command, copied, edit_json, outcome, refused
+from tests.reliability.outcome import command, copied, edit_json, no_crash, outcome, pretrains, refused, trains
 from tests.tiny import TEMPLATE, tiny_sarm, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -20,21 +20,6 @@ def score(folder, prompt="w1 w2", **limits):
     return command("score", "--model", folder, "--prompt", prompt, "--response", "w3 w4", **limits)
 
 
-def trains(base, output, backbone=None, data=None, sae=None, **limits):
-    settings = ["device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=1", "reward.lr=3e-3",
-                "preferences.eval_fraction=0.3", "preferences.max_length=64"]
-    return command("train", "--backbone", backbone or base / "backbone", "--data", data or base / "pairs.jsonl",
-                   "--sae", sae or base / "sae", "--output", output,
-                   *(w for one in settings for w in ("--set", one)), **limits)
-
-
-def pretrains(base, output, backbone=None, corpus=None, **limits):
-    settings = ["device=cpu", "sae.vectors=300", "sae.steps=10", "sae.batch_size=32", "sae.expansion=4",
-                "corpus.window=64", "backbone.layer=2", "sae.positions=every"]
-    return command("pretrain-sae", "--model", backbone or base / "backbone", "--corpus", corpus or base / "corpus.txt",
-                   "--output", output, *(w for one in settings for w in ("--set", one)), **limits)
-
-
 def evaluates(folder, output, **limits):
     return command("evaluate", "--model", folder, "--data", "toy", "--limit", "2", "--output", output, **limits)
 
@@ -42,12 +27,6 @@ def evaluates(folder, output, **limits):
 def left(out):
     """Files of a refused run; its record of settings must not block the next one, which part 6 tests."""
     return [p.name for p in out.rglob("*") if p.is_file() and p.name != "settings.json" and p.suffix != ".lock"]
-
-
-def no_crash(found):
-    """Accepted or refused, but no foreign error and no hang."""
-    if found[0] not in ("ok", "refused"):
-        pytest.fail(f"{found[0]}: {found[1][-250:]!r}", pytrace=False)
 
 
 def test_the_sound_folders_are_accepted(sarm, base, tmp_path):
@@ -73,7 +52,7 @@ def test_config_of_a_decoder(name, where, sarm, base, tmp_path):
     else:
         folder = copied(base / "backbone", tmp_path / "m")
         edit_json(folder / "config.json", **CONFIGS[name])
-        found = trains(base, tmp_path / "out", folder)
+        found = trains(base, tmp_path / "out", backbone=folder)
         assert not (tmp_path / "out").exists() or found[0] == "ok", ("left files", found)
     no_crash(found) if name.startswith("pad") else refused(found)
 
@@ -116,8 +95,9 @@ def test_tokenizer_ids_beyond_the_embedding(job, sarm, base, tmp_path):
         vocabulary[f"w{i}"] += 1000
     tokenizer.save_pretrained(folder)
     (folder / "tokenizer.json").write_text(json.dumps(text))
-    found = {"score": lambda: score(folder), "evaluate": lambda: evaluates(folder, out),
-             "pretrain": lambda: pretrains(base, out, folder), "train": lambda: trains(base, out, folder)}[job]()
+    run = {"score": lambda: score(folder), "evaluate": lambda: evaluates(folder, out),
+           "pretrain": lambda: pretrains(base, out, folder), "train": lambda: trains(base, out, backbone=folder)}[job]
+    found = run()
     if job == "evaluate" and found[0] == "ok":
         pytest.skip("the toy rows hold no such word")
     refused(found)
@@ -132,7 +112,8 @@ def test_damaged_weights_of_a_backbone(how, job, base, tmp_path):
     raw = file.read_bytes()
     file.write_bytes({"truncated": raw[:len(raw) // 2], "garbage": b"\xff" * 500, "empty": b"",
                       "huge-header": (2**62).to_bytes(8, "little") + raw[8:]}[how])
-    refused(pretrains(base, tmp_path / "o", folder) if job == "pretrain" else trains(base, tmp_path / "o", folder))
+    refused(pretrains(base, tmp_path / "o", folder) if job == "pretrain" else
+            trains(base, tmp_path / "o", backbone=folder))
     assert not left(tmp_path / "o"), left(tmp_path / "o")
 
 
@@ -142,42 +123,16 @@ TEMPLATES = {"zero": "{{ 1 / 0 }}", "type": "{{ 1 + 'a' }}", "range": "{% for i 
              "nested": "{% for a in range(9999) %}{% for b in range(9999) %}{% for c in range(9999) %}{% endfor %}"
                        "{% endfor %}{% endfor %}x",
              "repeat": "{{ 'x' * 10**10 }}", "syntax": "{% for %}", "format":
-             "{{ '%099999999999d' % 1 }}", "power": "{{ 9**9**9 }}", "power2": "{% set x = 10**100000000 %}"}
-LONG = {"much": "{% for a in range(9999) %}{% for b in range(9999) %}xxxxxxxxxx{% endfor %}{% endfor %}"}
+             "{{ '%099999999999d' % 1 }}", "power": "{{ 9**9**9 }}", "power2": "{% set x = 10**100000000 %}",
+             "much": "{% for a in range(9999) %}{% for b in range(9999) %}xxxxxxxxxx{% endfor %}{% endfor %}"}
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, *LONG])
+@pytest.mark.parametrize("name", TEMPLATES)
 def test_chat_templates(name, sarm, tmp_path):
     folder = copied(sarm, tmp_path / "m")
-    template = {**TEMPLATES, **LONG}[name]
-    (folder / "chat_template.jinja").write_text(template)
+    (folder / "chat_template.jinja").write_text(TEMPLATES[name])
     found = score(folder, memory=3 << 30)
-    if name == "nothing":
-        no_crash(found)
-        return
-    refused(found)
-
-
-@pytest.mark.parametrize("change", [{"relu": "false"}, {"topk": "no"}, {"normalize": 0}, {"encoder_bias": "no"}])
-def test_text_is_no_truth_in_a_sarm(change, sarm, tmp_path):
-    folder = copied(sarm, tmp_path / "m")
-    edit_json(folder / "config.json", **change)
-    refused(score(folder))
-
-
-@pytest.mark.parametrize("change", [{"relu": "false"}, {"normalize": "no"}, {"encoder_bias": "no"}, {"k": True}])
-def test_text_is_no_truth_in_an_sae(change, base, tmp_path):
-    folder = copied(base / "sae", tmp_path / "sae")
-    edit_json(folder / "sae_config.json", **change)
-    refused(outcome(lambda: TopKSAE.load(folder) and None))
-
-
-@pytest.mark.parametrize("change", [{"k": True}, {"k": "4"}, {"k": 4.0}])
-def test_text_is_no_truth_in_a_saelens_sae(change, tmp_path):
-    from sarmlib.sae.formats import load_sae, save_saelens
-    folder = save_saelens(TopKSAE(32, 64, 4), tmp_path / "sae")
-    edit_json(folder / "cfg.json", **change)
-    refused(outcome(lambda: load_sae(folder) and None))
+    no_crash(found) if name == "nothing" else refused(found)
 
 
 @pytest.mark.parametrize("change", [{"sae_k": "4"}, {"sae_k": True}, {"sarm_use_topk": "false"},
@@ -209,13 +164,6 @@ def test_sae_weights_of_another_kind_of_number(dtype, name, base, tmp_path):
     refused(outcome(lambda: TopKSAE.load(folder) and None))
 
 
-def test_duplicate_keys_in_a_profile(tmp_path):
-    from sarmlib.profiles import FOLDER, load_profile
-    text = (FOLDER / "toy.yaml").read_text()
-    (tmp_path / "p.yaml").write_text(text + "\nseed: 1\nseed: 2\n")
-    refused(outcome(lambda: load_profile(tmp_path / "p.yaml") and None))
-
-
 @pytest.mark.parametrize("field", ["text", "role", "id", "key"])
 @pytest.mark.parametrize("job", ["score", "explain", "train", "pretrain"])
 def test_lone_surrogates(field, job, sarm, base, tmp_path):
@@ -236,15 +184,13 @@ def test_lone_surrogates(field, job, sarm, base, tmp_path):
 @pytest.mark.parametrize("option", ["--prompt", "--response"])
 def test_lone_surrogates_on_the_command_line(option, sarm):
     words = {"--prompt": "w1", "--response": "w2"} | {option: "w1 \udcff"}
-    found = command("score", "--model", sarm, *(w for pair in words.items() for w in pair))
-    refused(found)
+    refused(command("score", "--model", sarm, *(w for pair in words.items() for w in pair)))
 
 
 def test_lone_surrogate_in_a_template(sarm, tmp_path):
     folder = copied(sarm, tmp_path / "m")
     (folder / "chat_template.jinja").unlink(missing_ok=True)
-    file = folder / "tokenizer_config.json"
-    edit_json(file, chat_template=TEMPLATE + "\ud800")
+    edit_json(folder / "tokenizer_config.json", chat_template=TEMPLATE + "\ud800")
     refused(score(folder))
 
 
@@ -254,8 +200,7 @@ def test_parquet_dates_out_of_range(kind, sarm, tmp_path):
     import pyarrow.parquet as pq
     values = pa.array([2**62], pa.timestamp("us")) if kind == "timestamp" else pa.array([2**30], pa.date32())
     pq.write_table(pa.table({"prompt": ["w1"], "response": ["w2"], "when": values}), tmp_path / "r.parquet")
-    found = command("score", "--model", sarm, "--input", tmp_path / "r.parquet")
-    no_crash(found)
+    no_crash(command("score", "--model", sarm, "--input", tmp_path / "r.parquet"))
 
 
 def bomb(path, megabytes=300, line=b"\0"):
@@ -284,18 +229,11 @@ def test_zstd_bomb_in_parquet(sarm, tmp_path):
     refused(command("score", "--model", sarm, "--input", tmp_path / "r.parquet", memory=4 << 30))
 
 
-def test_yaml_alias_bomb(tmp_path):
+@pytest.mark.parametrize("use", ["name: x\ndescription: *a9", "description: d\nhardware: h\ncost: c\nseeds: *a9"])
+def test_yaml_alias_bomb(use, tmp_path):
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
-    (tmp_path / "p.yaml").write_text("\n".join(lines) + "\nname: x\ndescription: *a9\n")
-    refused(command("reproduce", "--profile", tmp_path / "p.yaml", "--dry-run", memory=2 << 30, seconds=10))
-
-
-def test_yaml_alias_bomb_in_a_known_section(tmp_path):
-    lines = ["corpus: {source: toy}", "data: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines = ["x-a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
-    lines += [f"x-a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 9)]
-    (tmp_path / "p.yaml").write_text("\n".join(lines) + "\ndescription: d\nhardware: h\ncost: c\nseeds: *a8\n")
+    (tmp_path / "p.yaml").write_text("\n".join([*lines, use]))
     refused(command("reproduce", "--profile", tmp_path / "p.yaml", "--dry-run", memory=2 << 30, seconds=10))
 
 
@@ -314,14 +252,12 @@ def test_400_digits_in_a_profile(setting, number, tmp_path):
     value = f"[{number}]" if setting == "seeds" else number
     text = "description: d\nhardware: h\ncost: c\nbackbone: {source: toy}\n"
     (tmp_path / "p.yaml").write_text(text + (f"{section}: {{{name}: {value}}}" if section else f"{name}: {value}"))
-    found = command("reproduce", "--profile", tmp_path / "p.yaml", "--dry-run", "--runs", tmp_path / "runs")
-    refused(found)
+    refused(command("reproduce", "--profile", tmp_path / "p.yaml", "--dry-run", "--runs", tmp_path / "runs"))
 
 
 def test_400_digits_in_rows(sarm, tmp_path):
     (tmp_path / "r.jsonl").write_text('{"prompt": "w1", "response": "w2", "id": ' + "1" * 5000 + "}\n")
-    found = command("score", "--model", sarm, "--input", tmp_path / "r.jsonl")
-    no_crash(found)
+    no_crash(command("score", "--model", sarm, "--input", tmp_path / "r.jsonl"))
 
 
 @pytest.mark.parametrize("kind", ["sarm", "backbone"])
@@ -329,7 +265,7 @@ def test_pickled_weights_are_not_loaded(kind, sarm, base, tmp_path):
     folder = copied(sarm if kind == "sarm" else base / "backbone", tmp_path / "m")
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    refused(score(folder) if kind == "sarm" else trains(base, tmp_path / "o", folder))
+    refused(score(folder) if kind == "sarm" else trains(base, tmp_path / "o", backbone=folder))
 
 
 @pytest.mark.parametrize("kind", ["sarm", "released"])
@@ -351,8 +287,8 @@ def test_an_index_names_no_file_outside(kind, place, sarm, tmp_path):
 
 
 @pytest.fixture
-def full(tmp_path):
-    mount = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", tmp_path]
+def full(tmp_path, request):
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '200k')}", "tmpfs", tmp_path]
     if not shutil.which("mount") or subprocess.run(mount).returncode:
         pytest.skip("no tmpfs")
     yield tmp_path
@@ -376,12 +312,6 @@ def test_a_full_disk_in_steer(full, sarm):
     assert [p.name for p in full.rglob("*") if p.is_file()] == ["filler"]
 
 
-def test_a_full_disk_in_evaluate(sarm, tmp_path):
-    (small := tmp_path / "small").mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4k", "tmpfs", small]).returncode:
-        pytest.skip("no tmpfs")
-    try:
-        found = evaluates(sarm, small / "out")
-        refused(found)
-    finally:
-        subprocess.run(["umount", "-l", small], check=True)
+@pytest.mark.parametrize("full", ["4k"], indirect=True)
+def test_a_full_disk_in_evaluate(full, sarm):
+    refused(evaluates(sarm, full / "out"))

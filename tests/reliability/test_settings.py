@@ -8,23 +8,15 @@ import torch
 
 from sarmlib import figures
 from sarmlib.sarm.attribution import explain
-from tests.reliability.outcome import command, copied, edit_json, outcome, refused
+from tests.reliability.outcome import command, copied, edit_json, no_crash, outcome, pretrains, refused, trains
 from tests.tiny import conversation, tiny_pairs, tiny_sarm, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 
 
-def trains(base, output, *settings, data=None):
-    settings = ["device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=1", "reward.lr=3e-3",
-                "preferences.eval_fraction=0.3", "preferences.max_length=64", *settings]
-    return command("train", "--backbone", base / "backbone", "--data", data or base / "pairs.jsonl", "--sae",
-                   base / "sae", "--output", output, *(w for one in settings for w in ("--set", one)))
-
-
 @pytest.mark.parametrize("factor", ["1e300", "1e39", "-1e300"])
 def test_steering_never_saves_infinity(factor, sarm, tmp_path):
-    found = command("steer", "--model", sarm, "--feature", f"35={factor}", "--output", tmp_path / "out")
-    refused(found)
+    refused(command("steer", "--model", sarm, "--feature", f"35={factor}", "--output", tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
@@ -40,9 +32,7 @@ def test_edits_that_an_enemy_wrote(edits, how, sarm, tmp_path):
     folder = copied(sarm, tmp_path / "m")
     edit_json(folder / "config.json", sarm_edits=edits)
     words = ["--undo"] if how == "undo" else ["--feature", "1=2"]
-    found = command("steer", "--model", folder, "--output", tmp_path / "o", *words)
-    if found[0] == "foreign":
-        pytest.fail(found[1], pytrace=False)
+    no_crash(command("steer", "--model", folder, "--output", tmp_path / "o", *words))
 
 
 @pytest.mark.parametrize("setting", [
@@ -53,38 +43,12 @@ def test_edits_that_an_enemy_wrote(edits, how, sarm, tmp_path):
     "preferences.max_length=1", "sae.lr=.inf", "reward.micro_batch_size=3"])
 def test_settings_out_of_range(setting, base, tmp_path):
     found = trains(base, tmp_path / "o", setting)
-    if setting.startswith(("reward.micro", "sae.lr")) and found[0] == "ok":
-        return
-    refused(found)
+    no_crash(found) if setting.startswith(("reward.micro", "sae.lr")) else refused(found)
 
 
 @pytest.mark.parametrize("setting", ["seed=4294967296", "seed=9223372036854775808", "seed=18446744073709551616"])
 def test_large_seeds(setting, base, tmp_path):
-    found = trains(base, tmp_path / "o", setting)
-    if found[0] == "foreign":
-        pytest.fail(found[1], pytrace=False)
-
-
-@pytest.mark.parametrize("change", [{"head_lr": -1.0}, {"lr": float("inf")}, {"lr": float("nan")}, {"seed": -1},
-                                    {"weight_decay": -1.0}, {"warmup_ratio": -1.0}, {"max_length": 1},
-                                    {"scheduler": "nonsense"}, {"log_every": 0}, {"head_lr": float("nan")}])
-def test_settings_of_the_library_out_of_range(change, tmp_path):
-    from sarmlib.sarm.training import RewardTrainConfig, RewardTrainer
-    config = {"lr": 1e-3, "batch_size": 8, "epochs": 1, "use_cpu": True} | change
-
-    def call():
-        RewardTrainer(tiny_sarm(head=.1), tiny_tokenizer(), tiny_pairs(16), None, RewardTrainConfig(**config),
-                      tmp_path).train()
-    refused(outcome(call))
-
-
-@pytest.mark.parametrize("change", [{"lr": float("inf")}, {"lr": float("nan")}, {"seed": -1}, {"betas": (0.9, 2.0)},
-                                    {"betas": (-1.0, 0.9)}, {"auxk_coef": float("inf")}])
-def test_settings_of_sae_training_out_of_range(change):
-    from sarmlib.sae.training import SAETrainConfig, train_sae
-    config = {"batch_size": 8, "steps": 3} | change
-    refused(outcome(lambda: train_sae(torch.randn(64, 8), SAETrainConfig(**config), d_model=8, n_features=16, k=2,
-                                      progress=False) and None))
+    no_crash(trains(base, tmp_path / "o", setting))
 
 
 @pytest.mark.parametrize("first", ["reward.scheduler=nonsense", "reward.micro_batch_size=3", "reward.lr=1e30"])
@@ -97,15 +61,9 @@ def test_a_run_refused_at_the_start_blocks_no_corrected_one(first, base, tmp_pat
 
 
 def test_a_pretraining_refused_at_the_start_blocks_no_corrected_one(base, tmp_path):
-    settings = ["device=cpu", "sae.vectors=300", "sae.steps=10", "sae.batch_size=32", "sae.expansion=4",
-                "corpus.window=64", "backbone.layer=2", "sae.positions=every"]
     (tmp_path / "few.txt").write_text("w1 w2")
-
-    def pretrains(corpus, *more):
-        return command("pretrain-sae", "--model", base / "backbone", "--corpus", corpus, "--output", tmp_path / "o",
-                       *(w for one in (*settings, *more) for w in ("--set", one)))
-    assert pretrains(tmp_path / "few.txt")[0] == "refused"
-    found = pretrains(base / "corpus.txt")
+    refused(pretrains(base, tmp_path / "o", corpus=tmp_path / "few.txt"))
+    found = pretrains(base, tmp_path / "o")
     assert found[0] == "ok", found
 
 
@@ -136,12 +94,6 @@ def test_labels_with_dollars_in_other_figures(kind, label, tmp_path):
                "auroc_domain": [.5, .5], "auroc_reward": [.5, .5]}
     data = pd.DataFrame(columns)
     figures.save(getattr(figures, kind)(data), data, "f", tmp_path)
-
-
-@pytest.mark.parametrize("hidden", ["\ufe0f", "\ufe00", "\U000e0100", "\u034f", "\u180b", "\u17b4", "\u200b", "\u00ad"])
-def test_invisible_characters_are_shown_in_the_browser(hidden):
-    from sarmlib.browser import visible
-    assert hidden not in visible(f"a{hidden}b"), f"U+{ord(hidden):04X}"
 
 
 @pytest.mark.parametrize("cell", ["=1+1", "\n=1+1", "+1", "-1+cmd", "@x", "\t=1", " =1"])
