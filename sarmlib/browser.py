@@ -4,8 +4,6 @@ Every string of a corpus, label or model is hostile here: jinja2 escapes all of 
 as codes, files are named by numbers, and the pages' policy allows one style sheet, named by its hash.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -46,7 +44,12 @@ def write_browser(output: str | Path, contexts: Contexts, labels: Sequence[Label
     if output.exists() and not (output / MARK).exists() and (not output.is_dir() or any(output.iterdir())):
         raise ConfigError(f"{output} exists and holds no feature browser; name another folder, or remove it")
     pages, provenance = _Pages(contexts, labels, judged), dict(provenance or {})
-    env = _environment(" · ".join(f"{name} {value}" for name, value in provenance.items()))
+    env = Environment(loader=PackageLoader("sarmlib"), autoescape=True, undefined=StrictUndefined,
+                      trim_blocks=True, lstrip_blocks=True)
+    css = hashlib.sha256(env.get_template("style.css").render().encode()).digest()
+    env.filters |= {"show": visible, "num": _number, "pct": lambda value: f"{100 * value:.1f}\u202f%"}
+    env.globals |= {"css_hash": base64.b64encode(css).decode(),
+                    "footer": " · ".join(f"{name} {value}" for name, value in provenance.items())}
     fresh = output.with_name(f".{output.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
@@ -84,15 +87,6 @@ def visible(text, most: int = 0) -> str:
 
 def _number(value, sign: str = "") -> str:
     return "–" if value is None or not np.isfinite(value) else f"{value:{sign}.3g}"
-
-
-def _environment(footer: str) -> Environment:
-    env = Environment(loader=PackageLoader("sarmlib"), autoescape=True, undefined=StrictUndefined,
-                      trim_blocks=True, lstrip_blocks=True)
-    css = hashlib.sha256(env.get_template("style.css").render().encode()).digest()
-    env.filters |= {"show": visible, "num": _number, "pct": lambda value: f"{100 * value:.1f}\u202f%"}
-    env.globals |= {"css_hash": base64.b64encode(css).decode(), "footer": footer}
-    return env
 
 
 class _Pages:

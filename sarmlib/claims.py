@@ -5,8 +5,6 @@ on every machine and hides the value.  *Does the claim hold?*  ``verdicts`` comp
 claim's threshold; a claim that does not hold at this scale is a finding and fails nothing.
 """
 
-from __future__ import annotations
-
 import datetime
 import json
 import math

@@ -3,8 +3,6 @@
 Exit status 2 for a wrong command line, 1 for an error of the library; either is one sentence on stderr.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -20,7 +18,7 @@ from sarmlib.data.pairs import drop_identical, load_conversations, load_pairs, s
 from sarmlib.endpoint import ChatEndpoint
 from sarmlib.errors import ConfigError, DataError, ModelError, NotMadeError, SarmlibError
 from sarmlib.hub import quiet
-from sarmlib.profiles import load_profile, profile_names, read_yaml
+from sarmlib.profiles import Loader, load_profile, profile_names
 from sarmlib.runner import run_notebooks
 from sarmlib.store import Store, default_root, hash_json, versions, write_atomic, write_json, writing
 
@@ -453,7 +451,6 @@ def _toy(model: str, goal: str):
 
 
 def _words(job, seed: int) -> dict[int, str]:
-    """What a run's labels say of their features."""
     return {one.feature: one.text for one in job.label_objects(seed) if not one.abstained}
 
 
@@ -487,7 +484,7 @@ def _deliver(rows: list[dict], output: Path | None, items) -> None:
 def _assigned(texts: list[str] | None) -> dict[str, Any]:
     """{NAME: VALUE} of NAME=VALUE texts, values as YAML reads them."""
     try:
-        return {name: read_yaml(value) for name, value in (text.split("=", 1) for text in texts or ())}
+        return {name: yaml.load(value, Loader) for name, value in (text.split("=", 1) for text in texts or ())}
     except (ValueError, yaml.YAMLError):
         raise typer.BadParameter(f"{', '.join(texts or ())}: give NAME=VALUE") from None
 

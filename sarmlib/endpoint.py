@@ -4,8 +4,6 @@ The `openai` client speaks to the server; what is here counts the money, keeps t
 The key is read from the environment variable OPENAI_API_KEY and kept nowhere.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging
@@ -270,9 +268,8 @@ def _counts(usage) -> list[int] | None:
 
 
 def from_environment(cache: str | Path | None = None) -> ChatEndpoint:
-    """The endpoint of ``SARMLIB_LLM_URL``, ``SARMLIB_LLM_MODEL`` and ``SARMLIB_LLM_BUDGET`` (tokens).
-
-    Raises ConfigError naming what is not set."""
+    """The endpoint of ``SARMLIB_LLM_URL``, ``SARMLIB_LLM_MODEL`` and ``SARMLIB_LLM_BUDGET`` (tokens); ConfigError names
+    what is not set."""
     names = ("SARMLIB_LLM_URL", "SARMLIB_LLM_MODEL", "SARMLIB_LLM_BUDGET")
     if missing := [name for name in names if not os.environ.get(name)]:
         raise ConfigError(f"interpretation.explainer is llm, but {', '.join(missing)} is not set: name the "

@@ -152,7 +152,6 @@ class ActivationExtractor:
             yield torch.cat([bos, document[part]]), torch.cat([torch.zeros_like(bos).bool(), chosen[part]])
 
     def _batches(self, texts) -> Iterator[list[list[Piece]]]:
-        """Batches of rows, each row a list of pieces."""
         pool, tokens = [], 0
         for ids in self._documents(texts):
             pieces = list(self._pieces(ids))

@@ -4,8 +4,6 @@ Column (3.3 in) or page (6.9 in) wide, 9-point text, and never colour alone: mar
 it.  Intervals (columns lo, hi) are 95 %.  Numbers printed in the paper are hollow diamonds.
 """
 
-from __future__ import annotations
-
 import io
 import textwrap
 from pathlib import Path
@@ -101,9 +99,7 @@ def _axes(width, height, cols=1, **kwargs):
 
 
 def _done(fig, title: str, alt: str, names=(), values=(), form="", legend=0) -> Drawing:
-    """Bold title over the whole figure; a legend of ``legend`` columns below it, points with intervals first.
-
-    The alternative text is title, ``alt`` and the named values."""
+    """Bold title over the whole figure; a legend of ``legend`` columns below it, points with intervals first."""
     lines = textwrap.fill(title, int(fig.get_figwidth() * 13.5))
     fig.suptitle(lines, x=0.01, ha="left", fontsize=9, weight="bold")
     listed = "; ".join(f"{name} {value:{form}}" for name, value in zip(names, values, strict=True))
@@ -144,7 +140,6 @@ def _told_apart(ax, data, value, filled: pd.Series, words=("", "")) -> None:
 
 
 def _names_at(ax, x, y, texts, **kwargs) -> None:
-    """Small text beside each point."""
     place = {"xytext": (3, 0), "va": "center"} | kwargs
     for a, b, text in zip(x, y, texts, strict=True):
         ax.annotate(text, (a, b), textcoords="offset points", fontsize=SMALL, **place)
@@ -336,8 +331,15 @@ def figure3(table: pd.DataFrame, title="Steering one feature") -> Drawing:
         part = table[mask]
         if not len(part):
             raise DataError(f"{name[4:]} is empty; Figure 3 needs both sets")
-        _before_after(ax, part["reward"], part["reward_steered"], edges)
-        shift = part["reward_steered"] - part["reward"]
+        before, after, percent = part["reward"], part["reward_steered"], np.full(len(part), 100 / len(part))
+        ax.hist(before, edges, weights=percent, color=BLUE, alpha=0.45, label="before")
+        ax.stairs(np.histogram(after, edges, weights=percent)[0], edges, color=ORANGE, lw=1.4, label="after")
+        for values, place, colour, word in ((before, 0.1, BLUE, "before"), (after, 0.035, ORANGE, "after")):
+            ax.vlines(values[before != after], place - 0.028, place + 0.028, color=colour, lw=0.7, alpha=0.7,
+                      transform=ax.get_xaxis_transform())
+            ax.plot([], [], "|", color=colour, ms=7, label=f"one that moved, {word}")
+        ax.axhline(0, color=DARK, lw=0.7, zorder=3)
+        shift = after - before
         moved.append(f"{100 * (shift != 0).mean():.1f}\u00a0%\u00a0of {name[-1]}")
         ax.set(title=f"{name}, n = {len(part)}\nmean shift {shift.mean():+.2f}", xlabel="reward")
     top = max(ax.dataLim.y1 for ax in axes)
@@ -345,19 +347,6 @@ def figure3(table: pd.DataFrame, title="Steering one feature") -> Drawing:
     axes[0].set_yticks([tick for tick in axes[0].get_yticks() if 0 <= tick <= 1.05 * top])
     panels = "; ".join(ax.get_title("left") for ax in axes)
     return _done(fig, f"{title}: {moved[0]} moves, {moved[1]}", panels, legend=4)
-
-
-def _before_after(ax, before, after, edges) -> None:
-    """Histogram in percent; below it a tick for each response that moved, before and after."""
-    percent = np.full(len(before), 100 / len(before))
-    ax.hist(before, edges, weights=percent, color=BLUE, alpha=0.45, label="before")
-    ax.stairs(np.histogram(after, edges, weights=percent)[0], edges, color=ORANGE, lw=1.4, label="after")
-    moved = before != after
-    for values, place, colour, word in ((before, 0.1, BLUE, "before"), (after, 0.035, ORANGE, "after")):
-        ax.vlines(values[moved], place - 0.028, place + 0.028, color=colour, lw=0.7, alpha=0.7,
-                  transform=ax.get_xaxis_transform())
-        ax.plot([], [], "|", color=colour, ms=7, label=f"one that moved, {word}")
-    ax.axhline(0, color=DARK, lw=0.7, zorder=3)
 
 
 @_figure
@@ -540,40 +529,31 @@ def waterfall(explanation) -> Drawing:
     total = steps.sum()
     form = "+.2f" if abs(total) >= 0.1 else "+.2g"
     fig, ax = _axes(PAGE, 1.5 + (0.29 if pair else 0.22) * (len(steps) + 1))
-    _stairs(ax, steps, form, "the chosen answer" if pair else "the answer")
-    what = "margin: reward of the chosen answer\nminus that of the rejected" if pair else "reward"
-    _rows(ax, [*names, what], SMALL)
-    if not names[0].startswith("feature "):
-        ax.text(-0.01, 1.0, "features, by the words they go with", ha="right", va="bottom", color=GREY,
-                fontsize=SMALL, transform=ax.transAxes)
-    ax.set_xlabel("$w_i\\,(z_i^{chosen} - z_i^{rejected})$, added up" if pair else "$w_i\\,z_i$, added up")
-    return _done(fig, _question(explanation, total), f"The largest parts of {total:{form}}", names[:3], steps[:3],
-                 form, legend=2)
-
-
-def _stairs(ax, steps: np.ndarray, form: str, whom: str) -> None:
-    """A bar per step, for or against somebody, and a last one from zero to their sum."""
-    ends, place, look = np.cumsum(steps), np.arange(len(steps)), {"height": 0.62, "edgecolor": "white", "lw": 0}
-    starts, total = ends - steps, ends[-1]
+    whom, look = "the chosen answer" if pair else "the answer", {"height": 0.62, "edgecolor": "white", "lw": 0}
+    ends, place = np.cumsum(steps), np.arange(len(steps))
+    starts = ends - steps
     for mask, colour, hatch, word in ((steps >= 0, BLUE, "", "for"), (steps < 0, ORANGE, "////", "against")):
         if mask.any():
             ax.barh(place[mask], steps[mask], left=starts[mask], color=colour, hatch=hatch, label=f"{word} {whom}",
                     **look)
     ax.vlines(ends, place - 0.31, place + 1.31, color=GREY, lw=0.6)
     _names_at(ax, np.maximum(starts, ends), place, [f"{step:{form}}" for step in steps])
-    ax.barh(len(steps), total, color=DARK, **look)
-    _names_at(ax, [max(total, 0)], [len(steps)], [f"= {total:{form}}"], weight="bold")
+    ax.barh(len(steps), ends[-1], color=DARK, **look)
+    _names_at(ax, [max(ends[-1], 0)], [len(steps)], [f"= {ends[-1]:{form}}"], weight="bold")
     ax.axvline(0, color=DARK, lw=0.7)
     ax.margins(x=0.1)
     ax.locator_params("x", nbins=6)  # long numbers would touch
-
-
-def _question(explanation, total: float) -> str:
-    """What the waterfall answers."""
+    what = "margin: reward of the chosen answer\nminus that of the rejected" if pair else "reward"
+    _rows(ax, [*names, what], SMALL)
+    if not names[0].startswith("feature "):
+        ax.text(-0.01, 1.0, "features, by the words they go with", ha="right", va="bottom", color=GREY,
+                fontsize=SMALL, transform=ax.transAxes)
+    ax.set_xlabel("$w_i\\,(z_i^{chosen} - z_i^{rejected})$, added up" if pair else "$w_i\\,z_i$, added up")
     prompt, *answers = (f"“{_short(text, 70)}”" for text in (explanation.prompt, *explanation.answers))
     outcome = "wins over" if total > 0 else "loses to" if total < 0 else "ties with"
-    ending = f" {outcome} {answers[1]}" if answers[1:] else f" gets the reward {total:+.2f}"
-    return f"{prompt if explanation.prompt else ''} Why {answers[0]}{ending}".strip()
+    ending = f" {outcome} {answers[1]}" if pair else f" gets the reward {total:+.2f}"
+    title = f"{prompt if explanation.prompt else ''} Why {answers[0]}{ending}".strip()
+    return _done(fig, title, f"The largest parts of {total:{form}}", names[:3], steps[:3], form, legend=2)
 
 
 def _parts(explanation, most: int = 10) -> list[tuple[str, float]]:

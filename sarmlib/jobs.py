@@ -1,7 +1,5 @@
 """Jobs side by side: each in a spawned process with one thread, and one line that says what they are doing."""
 
-from __future__ import annotations
-
 import io
 import multiprocessing
 import os

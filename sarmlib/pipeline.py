@@ -8,8 +8,6 @@ A stage is a method of :class:`Run`; a module-level function ``_make_<stage>`` m
 functions hold all that decides a result: an artifact's key hashes the source they reach.
 """
 
-from __future__ import annotations
-
 import functools
 import itertools
 import json
@@ -45,6 +43,7 @@ from sarmlib.data.rows import iter_rows
 from sarmlib.data.text import iter_texts
 from sarmlib.data.toyworld import datasets as toy
 from sarmlib.data.toyworld.lexicon import VERDICTS
+from sarmlib.endpoint import from_environment
 from sarmlib.errors import ConfigError, DataError, NotMadeError
 from sarmlib.evaluation.readout import BLAME, PRAISE, read_out, vocabulary_readout
 from sarmlib.evaluation.scorer import answers, score, score_rows
@@ -149,7 +148,6 @@ class Run:
 
     def endpoint(self):
         """The chat model that labels features, from the environment; its answers are kept beside the artifacts."""
-        from sarmlib.endpoint import from_environment
         return from_environment(self.store.root / "answers.jsonl")
 
     def texts(self, seed: int = 0) -> Iterator[str | list[int]]:
@@ -372,7 +370,6 @@ def _broadcast(value: Any) -> Any:
 
 
 def _accelerator(run) -> Accelerator | None:
-    """For ``accelerate launch`` with several processes."""
     return Accelerator(cpu=run.profile.device == "cpu") if WORLD > 1 else None
 
 

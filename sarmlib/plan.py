@@ -1,7 +1,5 @@
 """What a profile will cost, before anything is downloaded: arithmetic on shapes, not a measurement."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import NamedTuple

@@ -4,8 +4,6 @@ A field left out of a YAML file has the paper's value, where the paper states on
 comments quote it.  ``Profile.diff_from_paper()`` lists where a profile departs.
 """
 
-from __future__ import annotations
-
 import difflib
 import os
 from contextlib import suppress
@@ -36,7 +34,7 @@ def _number(value: Any) -> Any:
     return value
 
 
-class _Loader(yaml.SafeLoader):
+class Loader(yaml.SafeLoader):
     """Plain YAML: aliases can blow up to any size, and of two equal keys one would be lost."""
 
     def compose_node(self, parent, index):
@@ -49,11 +47,6 @@ class _Loader(yaml.SafeLoader):
         if len({str(key) for key in keys}) < len(keys):
             raise yaml.YAMLError(f"a setting is given twice among {', '.join(map(str, keys))}"[:300])
         return super().construct_mapping(node, deep)
-
-
-def read_yaml(text: str) -> Any:
-    """YAML without aliases and duplicate keys."""
-    return yaml.load(text, Loader=_Loader)
 
 
 def _distinct(values: tuple) -> tuple:
@@ -313,7 +306,7 @@ def _read(name_or_path: str | Path) -> dict:
             raise ConfigError(f"unknown profile {str(path)!r}{_closest(str(path), known)}")
         path = FOLDER / f"{path}.yaml"
     try:
-        return {"name": path.stem, **(read_yaml(path.read_text(encoding="utf-8")) or {})}
+        return {"name": path.stem, **(yaml.load(path.read_text(encoding="utf-8"), Loader) or {})}
     except (OSError, ValueError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"profile {path} cannot be read as a mapping of settings: {error}") from error
 

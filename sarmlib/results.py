@@ -4,8 +4,6 @@ Intervals are over seeds for a quantity of one model, over seeds and prompts whe
 Every claim has a control, the same number of a broken version.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path
@@ -213,9 +211,9 @@ def concept_table(run: Run, seed: int) -> pd.DataFrame:
     if labels.any():  # else every label abstained
         found["keyword labels"] = sparse.csr_array(labels)
     units = run.scored("sarm", seed).part("rm_bench")[0]
-    concepts = _concepts(units)
-    return pd.concat([match_concepts(z, concepts, units.prompt_id, signed=name == "state coordinates").assign(
-        representation=name) for name, z in found.items()], ignore_index=True)
+    parts = [match_concepts(z, _concepts(units), units.prompt_id, signed=name == "state coordinates")
+             .assign(representation=name) for name, z in found.items()]
+    return pd.concat(parts, ignore_index=True)
 
 
 def concept_summary(table: pd.DataFrame) -> pd.DataFrame:

@@ -4,8 +4,6 @@ papermill calls a run a success when a parameter is unknown or a cell ends the k
 A notebook that succeeded is not run again while all that it depends on and what it made stay the same.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -108,7 +106,7 @@ def _finished(out: Path, stamp: str) -> NotebookRun | None:
     return NotebookRun(out.stem, "unchanged", last["seconds"], str(out)) if same else None
 
 
-def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict, line: _Line) -> NotebookRun:
+def _execute(path: Path, out: Path, root: Path, stamp: str, values: dict, line: "_Line") -> NotebookRun:
     import papermill
     record, start, error = out.with_suffix(".run.json"), time.perf_counter(), ""
     record.unlink(missing_ok=True)

@@ -4,8 +4,6 @@ An artifact is the folder ``<root>/<stage>/<key>/``; ``key`` hashes the stage's 
 source code that makes it.  It is written under a temporary name and renamed, so none is half-written.
 """
 
-from __future__ import annotations
-
 import ast
 import errno
 import functools
@@ -168,11 +166,6 @@ def _binds(node: ast.stmt) -> set[str]:
     return {part.id for part in ast.walk(node) if isinstance(part, ast.Name) and isinstance(part.ctx, ast.Store)}
 
 
-def _peak_rss_mib() -> float:  # of this process or of any finished child
-    usage = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return round(usage / (2**20 if sys.platform == "darwin" else 2**10), 1)  # macOS counts bytes, Linux KiB
-
-
 def versions() -> dict[str, str]:
     """Versions that a result depends on, read without importing anything."""
     libraries = {name: metadata.version(name) for name in ("torch", "transformers", "numpy", "scipy")}
@@ -253,9 +246,11 @@ def _make(final: Path, settings: Any, inputs: Mapping[str, str], make: Callable,
         raise
     files = {name: {"sha256": digest, "bytes": (work / name).stat().st_size}
              for name, digest in hash_tree(work).items() if name != MANIFEST}
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    mib = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     write_json(work / MANIFEST, {
         "stage": final.parent.name, "key": final.name, "settings": settings, "inputs": inputs, "meta": meta,
-        "wall_s": round(time.perf_counter() - start, 3), "peak_rss_mib": _peak_rss_mib(), "versions": versions(),
+        "wall_s": round(time.perf_counter() - start, 3), "peak_rss_mib": round(peak / mib, 1), "versions": versions(),
         "files": files})
     shutil.rmtree(final, ignore_errors=True)  # a damaged one
     os.rename(work, final)

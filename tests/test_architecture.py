@@ -1,7 +1,5 @@
 """Imports point only downward, without a circle; ``import sarmlib`` is light; the house stays small."""
 
-from __future__ import annotations
-
 import ast
 import json
 import subprocess

@@ -1,7 +1,5 @@
 """The examples run: HTTP endpoint, reward function for GRPO and RLOO, LoRA, and accelerate's configs."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import http.client

@@ -1,7 +1,5 @@
 """Profiles: typed, complete, honest about where they leave the paper."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

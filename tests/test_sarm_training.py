@@ -173,10 +173,10 @@ def test_pairs_of_every_form_are_encoded_and_keep_the_end_of_turn():
 
 
 def test_bad_settings_and_no_pairs_are_refused():
-    ranges = [(dict([pair]), "positive") for pair in (
-        ("lr", 0), ("lr", float("inf")), ("lr", float("nan")), ("head_lr", -1.0), ("head_lr", float("nan")), ("seed", -1),
-        ("weight_decay", -1.0), ("warmup_ratio", -1.0), ("log_every", 0), ("scheduler", "nonsense"))]
-    for settings, words in (*ranges, (dict(micro_batch_size=7), "no multiple"), (dict(max_length=1), "max_length must"),
-                            (dict(save_every=1), "output_dir"), (dict(pairs=0), "no usable row")):
+    out = [dict(lr=0), dict(lr=float("inf")), dict(lr=float("nan")), dict(head_lr=-1.0), dict(head_lr=float("nan")),
+           dict(seed=-1), dict(weight_decay=-1.0), dict(warmup_ratio=-1.0), dict(log_every=0), dict(scheduler="x")]
+    for settings, words in (*((one, "positive") for one in out), (dict(micro_batch_size=7), "no multiple"),
+                            (dict(max_length=1), "max_length must"), (dict(save_every=1), "output_dir"),
+                            (dict(pairs=0), "no usable row")):
         with pytest.raises((ConfigError, DataError), match=words):
             make(**settings)

@@ -7,8 +7,6 @@ rating as a loss): one request per answer, a rating from 1 to 10 as the last wor
 are our own, so scores are comparable with the leaderboard's only in kind.
 """
 
-from __future__ import annotations
-
 import random
 import re
 from collections.abc import Sequence

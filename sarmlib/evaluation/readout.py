@@ -7,8 +7,6 @@ praise and blame, or the tokens whose probability alone goes most with, and most
 RM-Bench: whichever does best there.  A reward model below this on RewardBench 2 has not shown what pairs taught it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

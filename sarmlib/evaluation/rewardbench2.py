@@ -11,8 +11,6 @@ All comparisons are strict and exact.  The overall score is the mean of exactly 
 refused (official: a loss, or a crash).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 

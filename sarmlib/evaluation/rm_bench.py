@@ -11,8 +11,6 @@ A domain scores the mean of the three; hard, normal, easy and the total average 
 safety-refuse and safety-response are one domain.  A NaN score is refused (official: a loss).
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Sequence
 
@@ -45,7 +43,9 @@ def score_present(samples: Sequence[dict]) -> dict:
 
     Adds ``missing`` [names], ``n_rows`` and ``per_domain`` {domain (or "all"): {hard_acc, normal_acc, easy_acc}}.
     """
-    levels = {name: _levels(m) for name, m in matrices(samples).items()}
+    upper, lower = np.triu_indices(3, 1), np.tril_indices(3, -1)
+    levels = {name: dict(zip(LEVELS, map(_mean, (m[upper], np.diag(m), m[lower])), strict=True))
+              for name, m in matrices(samples).items()}
     missing = [name for name in DOMAINS if name not in levels]
     found = {name: None if name in missing else _mean(levels[name].values()) for name in DOMAINS}
     total = None if missing else _mean(found.values())
@@ -99,11 +99,6 @@ def _scores(sample: dict, key: str, i: int) -> np.ndarray:
         raise DataError(f"sample {i} (id {sample.get('id')!r}): {key} must be three numbers (concise, plain, "
                         f"markdown), got {sample.get(key)!r}")
     return values
-
-
-def _levels(m: np.ndarray) -> dict[str, float]:
-    upper, lower = np.triu_indices(3, 1), np.tril_indices(3, -1)
-    return dict(zip(LEVELS, (_mean(m[upper]), _mean(np.diag(m)), _mean(m[lower])), strict=True))
 
 
 def _mean(values) -> float:

@@ -4,8 +4,6 @@ The unit of resampling is the prompt; seeds are the outer level.  Bootstrap: Efr
 crossed seeds x prompts: Owen 2007 (variance components).  Equal values get the whole line, which decides nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -2,8 +2,6 @@
 the reward ``r = sum_i w_i z_i`` reads.  Prompts, never responses, are split into explain / tune / test.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Sequence

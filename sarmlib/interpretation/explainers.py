@@ -10,8 +10,6 @@ strength ``A`` (in documents), ``a = A p`` and ``b = A (1-p)``,
 Only terms beyond the permutation null of ``max |score|`` enter a label, best correlated with activity first.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence

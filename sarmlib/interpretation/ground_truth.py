@@ -4,8 +4,6 @@ The best feature is chosen on one half of the prompts and scored on the other, s
 nothing from having many features to choose from.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -4,8 +4,6 @@ AUROC is the chance that an active response outscores an inactive one (ties coun
 when it also beats judges that know no words: response length, domain, base reward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

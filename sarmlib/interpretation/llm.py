@@ -4,8 +4,6 @@ The explainer sees responses of the explain split only; the judge one held-out r
 activation.  Responses are untrusted: fenced, shortened, and only a small JSON object is read from a reply.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterable

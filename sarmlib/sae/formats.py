@@ -142,7 +142,6 @@ def _built(W_enc: Tensor, W_dec: Tensor, b_pre: Tensor, b_enc: Tensor | None, th
 
 
 def _read_folder(folder: str | os.PathLike, weights: str) -> tuple[dict, dict[str, Tensor]]:
-    """Config and float32 weights."""
     config = json.loads(Path(folder, FOREIGN_CONFIG).read_text(encoding="utf-8"))
     return config, {name: tensor.float() for name, tensor in load_file(Path(folder, weights)).items()}
 

@@ -70,9 +70,6 @@ def _cross_entropy(model, block: nn.Module, ids: Tensor, chosen: Tensor, replace
         states = output[0] if isinstance(output, tuple) else output
         states[chosen] = replace(states[chosen])
 
-    handle = block.register_forward_hook(hook)
-    try:
+    with block.register_forward_hook(hook):
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1][chosen[0, :-1]]
-    finally:
-        handle.remove()
     return float(F.cross_entropy(logits.double(), ids[0, 1:][chosen[0, :-1]], reduction="sum"))

@@ -7,8 +7,6 @@
     loss  = mean_b |x - x_hat|^2 / |x|^2                 eq. 5 up to a constant: |x|^2 = d - 1 after normalisation
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -164,7 +162,7 @@ class TopKSAE(nn.Module):
         return folder
 
     @classmethod
-    def load(cls, folder: str | os.PathLike) -> TopKSAE:
+    def load(cls, folder: str | os.PathLike) -> "TopKSAE":
         """Read what ``save`` wrote; ModelError when a file, a weight or a shape is missing or wrong."""
         with readable(folder, f"SAE ({WEIGHTS} + {CONFIG})"):
             settings = json.loads(Path(folder, CONFIG).read_text(encoding="utf-8"))
@@ -173,7 +171,7 @@ class TopKSAE(nn.Module):
             return cls.from_state(load_file(Path(folder, WEIGHTS)), **settings)
 
     @classmethod
-    def from_state(cls, state: dict[str, Tensor], **settings) -> TopKSAE:
+    def from_state(cls, state: dict[str, Tensor], **settings) -> "TopKSAE":
         """An SAE around given weights, without drawing random ones first."""
         with torch.device("meta"):
             sae = cls(**settings)

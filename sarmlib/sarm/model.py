@@ -7,8 +7,6 @@
 Importing this module registers both with ``AutoConfig`` and ``AutoModelForSequenceClassification``.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json
@@ -243,7 +241,7 @@ class SarmForSequenceClassification(_RewardModel):
 
     @classmethod
     def from_backbone_and_sae(cls, backbone, sae: TopKSAE, layer: int | None = None, *, topk: bool = True,
-                              frozen_sae: bool = True, **load_kwargs) -> SarmForSequenceClassification:
+                              frozen_sae: bool = True, **load_kwargs) -> "SarmForSequenceClassification":
         """SARM before reward training: a decoder cut after `layer`, a copy of an SAE, and a head at zero.
 
         `backbone` is what `load_backbone` returned, or its first argument with others in `load_kwargs`.
@@ -262,7 +260,7 @@ class SarmForSequenceClassification(_RewardModel):
 
     @classmethod
     def from_backbone_with_random_encoder(cls, backbone, layer: int | None = None, *, n_features: int, k: int,
-                                          seed: int = 0, **load_kwargs) -> SarmForSequenceClassification:
+                                          seed: int = 0, **load_kwargs) -> "SarmForSequenceClassification":
         """The paper's ablation "SAE Encoder with Random Init" (Table 2), frozen like the SAE it replaces."""
         backbone = _backbone(backbone, layer, load_kwargs)
         random = torch.Generator().manual_seed(seed)
@@ -305,7 +303,7 @@ class ScalarRewardModel(_RewardModel):
         self.post_init()
 
     @classmethod
-    def from_backbone(cls, backbone, layer: int | None = None, **load_kwargs) -> ScalarRewardModel:
+    def from_backbone(cls, backbone, layer: int | None = None, **load_kwargs) -> "ScalarRewardModel":
         """A decoder of `layer` layers (None: half depth, as SARM) with its final norm and a zero head."""
         backbone = _backbone(backbone, layer, {**load_kwargs, "keep_final_norm": True})
         return cls._around(backbone, ScalarRewardConfig(backbone.config))
@@ -316,7 +314,6 @@ class ScalarRewardModel(_RewardModel):
 
 
 def _check_numbers(folder) -> None:
-    """ModelError for stored weights that are no real numbers."""
     for file in Path(folder or os.devnull).glob("*.safetensors"):
         with suppress(OSError, SafetensorError), safe_open(file, "pt") as weights:  # a damaged one is told of later
             kinds = {name: weights.get_slice(name).get_dtype() for name in weights.keys()}

@@ -1,8 +1,6 @@
 """Damaged copies of good files for every entry point that reads one: each must be accepted, or refused with an error
 of the library.  ``feed(300)`` draws many; a finding can be drawn again."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

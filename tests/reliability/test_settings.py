@@ -4,12 +4,11 @@ import warnings
 
 import pandas as pd
 import pytest
-import torch
 
 from sarmlib import figures
 from sarmlib.sarm.attribution import explain
-from tests.reliability.outcome import command, copied, edit_json, no_crash, outcome, pretrains, refused, trains
-from tests.tiny import conversation, tiny_pairs, tiny_sarm, tiny_tokenizer
+from tests.reliability.outcome import command, copied, edit_json, no_crash, pretrains, refused, trains
+from tests.tiny import conversation, tiny_sarm, tiny_tokenizer
 
 pytestmark = pytest.mark.slow
 

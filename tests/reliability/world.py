@@ -1,7 +1,5 @@
 """A miniature of the whole paper in a folder: its profile, and what its results are."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
