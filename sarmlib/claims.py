@@ -75,8 +75,7 @@ class Claims:
     """The checks of one notebook (its name without ``.ipynb``) under a profile, kept in
     ``<results_dir>/<notebook>.json`` (default: the ``results`` folder of the profile's artifacts)."""
 
-    def __init__(self, profile: Any, notebook: str, results_dir: str | Path | None = None,
-                 path: str | Path = FILE):
+    def __init__(self, profile: Any, notebook: str, results_dir: str | Path | None = None, path: str | Path = FILE):
         self.profile = profile if isinstance(profile, str) else profile.name
         self.notebook = notebook
         self.claims = {id: one for id, one in load_claims(path).items() if one.notebook == notebook}

@@ -529,8 +529,7 @@ def _make_activations(run, positions: str, kept: bool, folder: Path) -> dict:
     if count < wanted:
         warnings.warn(f"asked for {wanted} states, the corpus gave {count}", stacklevel=2)
     train = min(run.profile.sae.vectors, count - min(HELD_OUT, count // 10)) if kept else 0
-    return {**extractor.stats.summary(), "documents": next(read), "vectors": train,
-            "held_out": count - train}
+    return {**extractor.stats.summary(), "documents": next(read), "vectors": train, "held_out": count - train}
 
 
 def _ahead(items: Iterator, rows: int = BUFFER // 2) -> Iterator:

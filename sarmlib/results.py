@@ -494,8 +494,7 @@ def units(run: Run, variant: str, benchmark: str, blind: bool = False) -> tuple[
     for seed in run.profile.seeds:
         rows = getattr(run.scored(variant, seed), benchmark)
         if blind:
-            rows = [row | {name: [0.0] * len(row[name]) for name in row if name.startswith("score")}
-                    for row in rows]
+            rows = [row | {name: [0.0] * len(row[name]) for name in row if name.startswith("score")} for row in rows]
         found = scorer.units(rows)
         values.append([value for *_, value in found])
     return np.array(values), [stratum for stratum, *_ in found]

@@ -108,8 +108,7 @@ class Contexts:
         best = best[jaccard[best] > 0]
         return pd.DataFrame({"feature": best, "jaccard": jaccard[best]})
 
-    def examples(self, feature: int, per_decile: int = 2, split: str | None = None,
-                 seed: int = 0) -> pd.DataFrame:
+    def examples(self, feature: int, per_decile: int = 2, split: str | None = None, seed: int = 0) -> pd.DataFrame:
         """row, decile (10 = strongest), z and index row of a few units of each decile, drawn by seed and feature."""
         z = self.activation(feature)
         frame = _deciles(z if split is None else z * (self.split == split), per_decile, [seed, feature])
