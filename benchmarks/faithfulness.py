@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from sarmlib.data.toyworld.grammar import TASKS, Answer, make_problem
-from sarmlib.data.toyworld.lexicon import VERDICTS
+from sarmlib.data.toyworld.lexicon import DEFECTS
 from sarmlib.evaluation.scorer import score
 from sarmlib.evaluation.statistics import aurocs
 from sarmlib.pipeline import Run
@@ -86,7 +86,7 @@ def measure(run: Run, seed: int) -> pd.DataFrame:
         mine = np.isin(stands, [names.index(name) for name in changed if name in names])
         others = np.flatnonzero(~mine & (stands >= 0))
         null = [abs(parts[:, rng.choice(others, min(mine.sum(), len(others)), False)]).sum() for _ in range(DRAWS)]
-        rows.append({"seed": seed, "change": f"{change}: {VERDICTS[to][1] if change == 'wrong' else to}",
+        rows.append({"seed": seed, "change": f"{change}: {DEFECTS[to] if change == 'wrong' else to}",
                      "task": to if change == "wrong" else "all", "reward": delta.mean(), "features": int(mine.sum()),
                      **shares(parts, delta, mine, rng), "others": float(np.mean(null) / abs(parts).sum())})
     return pd.DataFrame(rows)

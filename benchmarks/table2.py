@@ -24,7 +24,7 @@ import torch
 from sarmlib import figures, pipeline
 from sarmlib.evaluation import rewardbench2
 from sarmlib.evaluation.scorer import score, score_rows
-from sarmlib.evaluation.statistics import seeds_and_prompts_ci, seeds_ci, verdict
+from sarmlib.evaluation.statistics import seeds_and_prompts_ci, seeds_ci
 from sarmlib.profiles import load_profile
 from sarmlib.sae import training
 from sarmlib.sae.topk import TopKSAE
@@ -43,7 +43,6 @@ LEAST_COSINE = {"frozen_decoder": 1.0, "soft_frozen_decoder": 0.8}
 """Sanity controls of arXiv 2602.14111: SAEs whose decoder columns may not leave (the neighbourhood of) a random draw.
 Its third control, a frozen random encoder, is "random encoder" here: a reward model reads no decoder."""
 MEASURES = ("rewardbench2", "pairs")
-"""RM-Bench is left out: at this scale every variant scores 96 to 99 % there (notebook 05)."""
 
 
 # -- one model ---------------------------------------------------------------------------------------------------
@@ -126,14 +125,12 @@ def build(run: pipeline.Run, variant: str, seed: int):
                               sae=run.load_sae(rule, seed) if rule else None, n_features=shape["n_features"], seed=seed)
 
 
-def train(run: pipeline.Run, variant: str, seed: int, n: int | None = None, steps: int = 0):
-    """The variant trained on the first ``n`` pairs of ``seed``: the profile's epochs, but at least ``steps`` steps."""
-    spec, pairs = run.profile.reward, run.pairs(seed)["train"][:n]
-    epochs = max(spec.epochs, steps / max(1, len(pairs) // spec.batch_size))
-    spec = spec.model_copy(update={"epochs": epochs, "batch_size": min(spec.batch_size, len(pairs))})
+def train(run: pipeline.Run, variant: str, seed: int):
+    """The variant trained on the pairs of ``seed`` by the profile's recipe."""
     model = build(run, variant, seed)
     with tempfile.TemporaryDirectory() as folder:
-        pipeline.train_reward(spec, model, run.tokenizer, {"train": pairs, "eval": []}, Path(folder),
+        pipeline.train_reward(run.profile.reward, model, run.tokenizer,
+                              {"train": run.pairs(seed)["train"], "eval": []}, Path(folder),
                               max_length=run.profile.preferences.max_length, seed=seed)
     return model.eval()
 
@@ -199,21 +196,15 @@ def machine() -> str:
             f"{platform.system()}, Python {platform.python_version()}, torch {torch.__version__}")
 
 
-def arguments(doc: str, name: str, seeds: list[int], pairs: list[int] | None = None) -> argparse.Namespace:
-    """Options of the long runs, one thread, and the command as it stands in a results file."""
-    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=seeds)
-    if pairs:
-        parser.add_argument("--pairs", type=int, nargs="+", default=pairs)
-    parser.add_argument("--lines", type=Path, default=HERE.parent / f"runs/long/{name}.jsonl")
+def arguments() -> argparse.Namespace:
+    """Options; one thread."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--lines", type=Path, default=HERE.parent / "runs/long/table2.jsonl")
     parser.add_argument("--out", type=Path, default=HERE)
-    given = parser.parse_args()
-    given.command = f"python benchmarks/{name}.py"
-    for option in ("pairs", "seeds"):
-        if option in given:
-            given.command += f" --{option} {' '.join(map(str, getattr(given, option)))}"
+    parser.add_argument("--train-only", action="store_true", help="write no summary (so that two runs share the seeds)")
     torch.set_num_threads(1)
-    return given
+    return parser.parse_args()
 
 
 def values(lines: list[dict], variant: str, name: str, seeds: list[int]) -> tuple[np.ndarray, list[str]]:
@@ -237,9 +228,9 @@ def interval_of(name: str, matrix: np.ndarray, strata: list[str]):
 
 
 def gap_of(name: str, ours: np.ndarray, theirs: np.ndarray, strata: list[str]) -> dict:
-    """SARM minus a variant, with its interval and the verdict."""
+    """SARM minus a variant, with its interval."""
     gap = interval_of(name, ours - theirs, strata)
-    return {"sarm_minus": gap.estimate, "gap_low": gap.low, "gap_high": gap.high, "sarm_better": verdict(gap, 0.0, ">")}
+    return {"sarm_minus": gap.estimate, "gap_low": gap.low, "gap_high": gap.high}
 
 
 def p_value(per_seed: list[float]) -> float:
@@ -270,7 +261,7 @@ def summary(lines: list[dict], seeds: list[int]) -> pd.DataFrame:
                 row |= gap_of(name, ours, theirs, strata) | {"p": p_value(seed_means(ours - theirs, strata))}
             part.append(row)
         for row, p in zip(part[1:], holm([row["p"] for row in part[1:]]), strict=True):
-            row["p_holm"] = p
+            row |= {"p_holm": p, "sarm_better": "undecided" if p >= 0.05 else "yes" if row["sarm_minus"] > 0 else "no"}
         rows += part
     return pd.DataFrame(rows)
 
@@ -280,12 +271,13 @@ def percent(value: float, low: float, high: float, sign: str = "") -> str:
     return f"{100 * value:{sign}.1f} [{100 * low:{sign}.1f}, {100 * high:{sign}.1f}]"
 
 
-def markdown(table: pd.DataFrame, seeds: list[int], command: str) -> str:
+def markdown(table: pd.DataFrame, seeds: list[int]) -> str:
     """The results as they stand in benchmarks/table2.md."""
+    command = f"python benchmarks/table2.py --seeds {' '.join(map(str, seeds))}"
     lines = ["# Table 2 in the toy world\n", f"`{command}`; {machine()}.\n",
              f"Seeds {', '.join(map(str, seeds))}: each has its own pairs, label noise, SAE and data order. Percent; "
              "intervals 95 % over seeds and prompts, not adjusted for their number; p: t test over seeds, Holm over "
-             "the variants of a measure.\n"]
+             "the variants of a measure. The verdict asks for p below .05.\n"]
     for name in MEASURES:
         lines += [f"\n## {name}\n", "| variant | score | SARM minus it | SARM better? | p (Holm) | seeds |",
                   "|---" * 6 + "|"]
@@ -293,7 +285,7 @@ def markdown(table: pd.DataFrame, seeds: list[int], command: str) -> str:
             cells = ["–"] * 3
             if row["variant"] != "sarm":
                 cells = [percent(row["sarm_minus"], row["gap_low"], row["gap_high"], "+"), row["sarm_better"],
-                         f"{row['p_holm']:.2f}"]
+                         f"{row['p_holm']:.3f}" if row["p_holm"] >= 0.001 else "< .001"]
             points = " ".join(f"{100 * row[f'seed_{s}']:.1f}" for s in seeds)
             score_cell = percent(row["value"], row["low"], row["high"])
             lines.append(f"| {NAMES[row['variant']]} | {score_cell} | {' | '.join(cells)} | {points} |")
@@ -302,12 +294,14 @@ def markdown(table: pd.DataFrame, seeds: list[int], command: str) -> str:
 
 def main() -> None:
     """Train what is missing, then write the summary."""
-    given = arguments(__doc__, "table2", [0, 1, 2, 3, 4])
+    given = arguments()
     run = pipeline.Run(load_profile("toy", seeds=given.seeds), progress=False)
     rows = run.benchmark_rows()["rewardbench2"]
     jobs = [{"variant": v, "seed": s} for s in given.seeds for v in NAMES]
     lines = append(given.lines, jobs, lambda job: measure(
         run, train(run, job["variant"], job["seed"]), job["seed"], rows))
+    if given.train_only:
+        return
     table = summary(lines, given.seeds)
     table.to_csv(given.out / "table2.csv", index=False, float_format="%.5f")
     gaps = table[(table.measure == "rewardbench2") & (table.variant != "sarm")]
@@ -315,7 +309,7 @@ def main() -> None:
                          "lo": 100 * gaps.gap_low, "hi": 100 * gaps.gap_high})
     figures.save(figures.differences(data, "SARM minus each variant, RewardBench 2"), data, "table2_differences",
                  given.out / "figures", "toy")
-    (given.out / "table2.md").write_text(markdown(table, given.seeds, given.command))
+    (given.out / "table2.md").write_text(markdown(table, given.seeds))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """nbval: what is not compared between a committed output and a fresh one.
 
-Progress bars and warnings go to stderr; HTML changes with the pandas version (the plain text of a table is compared);
-vector images differ in ids and dates (the text with the figure's size is compared).
+Progress bars and warnings go to stderr; HTML changes with the pandas version (the plain text of a
+table is compared); vector images differ in ids and dates (the text with the figure's size is
+compared).
 """
 
 

@@ -23,7 +23,7 @@ from sarmlib.runner import run_notebooks
 from sarmlib.store import Store, default_root, hash_json, versions, write_atomic, write_json, writing
 
 RUN, USE, TRAIN, SHOW = "The paper", "Use a reward model", "Train your own", "Look closer"
-QUESTION = '--prompt "How do I hack the computer?" --chosen "I cannot help with that." --rejected "First take the key."'
+QUESTION = '--prompt "How do I burn the museum?" --chosen "I cannot help with that." --rejected "First take the key."'
 LEAST_STEPS = 100  # of one pass over the states; who wants fewer says so with sae.steps
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -179,7 +179,7 @@ def notebooks(names: Annotated[list[str] | None, typer.Argument(help="without .i
     _execute("toy", names, refresh=True, runs=empty)
 
 
-@command(USE, 'score --model toy --prompt "How do I hack the computer?" --response "I cannot help."')
+@command(USE, 'score --model toy --prompt "How do I burn the museum?" --response "I cannot help."')
 def score(model: Model, input: Input = None, prompt: Prompt = None, response: Response = None,
           output: Output = None, max_length: Length = 2048, trust: Trust = False) -> None:
     """Reward every conversation of a file (JSONL, JSON, Parquet), or one prompt with its responses."""
@@ -224,7 +224,7 @@ def explain(model: Model, input: Input = None, prompt: Prompt = None, response: 
         _deliver(rows, output, items)
 
 
-@command(USE, "steer --model toy --feature 1310=8 --output steered")
+@command(USE, "steer --model toy --feature 75=8 --output steered")
 def steer(model: Model, output: Annotated[Path, option("folder to write", callback=_writable)],
           feature: Annotated[list[str] | None, option("ID=FACTOR multiplies a weight; repeatable")] = None,
           undo: Annotated[bool, option("undo every recorded edit", "--undo")] = False) -> None:

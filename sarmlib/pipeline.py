@@ -42,7 +42,7 @@ from sarmlib.data import pairs as preference
 from sarmlib.data.rows import iter_rows
 from sarmlib.data.text import iter_texts
 from sarmlib.data.toyworld import datasets as toy
-from sarmlib.data.toyworld.lexicon import VERDICTS
+from sarmlib.data.toyworld.lexicon import VERDICTS, WORDS
 from sarmlib.endpoint import from_environment
 from sarmlib.errors import ConfigError, DataError, NotMadeError
 from sarmlib.evaluation.readout import BLAME, PRAISE, read_out, vocabulary_readout
@@ -333,8 +333,8 @@ class Run:
         return found
 
     def fingerprint(self, source: str, kind: str) -> Any:
-        """Hashes of the local files that a source names; None for the toy world and the hub."""
-        where = None if source == "toy" or _is_remote(source) else _place(self.profile, source, kind)
+        """Hashes of the local files that a source names (of the toy world: of its words); None for the hub."""
+        where = WORDS if source == "toy" else None if _is_remote(source) else _place(self.profile, source, kind)
         return where and hash_tree(where)
 
     def _get(self, make, arguments: tuple, settings: dict, *inputs: Artifact, shared=False, resumes=True) -> Artifact:
@@ -618,7 +618,7 @@ def _make_no_pairs(run, folder: Path) -> dict:
     states = np.concatenate([one.states for one in found.values()])
     rewards, meta = np.zeros(len(states)), {}
     if rows["rm_bench"]:
-        words = zip(*VERDICTS.values(), strict=True) if spec.rm_bench == "toy" else (PRAISE, BLAME)
+        words = ([VERDICTS[0]], [VERDICTS[1]]) if spec.rm_bench == "toy" else (PRAISE, BLAME)
         ids = [[run.tokenizer.encode(" " + word, add_special_tokens=False)[0] for word in side] for side in words]
         favoured, against, accuracy = vocabulary_readout(found["rm_bench"].states, unembedding, *ids)
         rewards = read_out(states, unembedding, favoured, against)

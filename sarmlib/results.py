@@ -164,22 +164,21 @@ def shuffled_weight_auroc(run: Run) -> float:
     return float(np.mean(found))
 
 
-def attributed(run: Run, others: bool = False) -> pd.DataFrame:
+def attributed(run: Run, tested: bool = True) -> pd.DataFrame:
     """Per seed, how much of the rewards on RM-Bench the labels account for.
 
     alive: features that fire there at all; share: of the sum of |w_i z_i| over all answers, that under reliable labels
     (share_harder: of these, under labels whose auroc_matched too exceeds null_95); top: answers whose largest |w_i z_i|
-    has a reliable label.  ``others`` judges each feature by the label of another one: the control.
+    has a reliable label.  Not ``tested``: every label counts, the control.
     """
     lines = []
     for seed in run.profile.seeds:
         labels, z = run.label_table(seed), run.scored("sarm", seed).part("rm_bench")[1]
         parts = abs(z.multiply(run.head("sarm", seed)[None])).tocsc()
-        reliable = labels.reliable.astype(bool)
-        if others:
-            floor = (labels.auroc - labels.lift).astype(float).clip(lower=labels.null_95.astype(float))
-            reliable = labels.auroc_other_label.astype(float) > floor
-        harder = reliable & (labels.auroc_matched.astype(float) > labels.null_95.astype(float))
+        reliable = harder = labels.label.notna()
+        if tested:
+            reliable = labels.reliable.astype(bool)
+            harder = reliable & (labels.auroc_matched.astype(float) > labels.null_95.astype(float))
         lines.append({
             "seed": seed, "alive": int((np.diff(parts.indptr) > 0).sum()), "labelled": len(labels),
             "reliable": int(reliable.sum()), "share": parts[:, labels.feature[reliable]].sum() / parts.sum(),
@@ -340,14 +339,14 @@ def changed_interval(run: Run) -> Interval:
 
 def safety_rate(run: Run, seed: int, feature: int | None = None) -> float:
     """How much more often a feature fires in RM-Bench's answers to safety prompts than in its other answers; None: the
-    mean of all features that fire usually, the control."""
+    feature that fires least there, the control."""
     units, z = run.scored("sarm", seed).part("rm_bench")
     safety = units.domain.str.startswith("safety").to_numpy()
     if safety.all() or not safety.any():
         return float("nan")
     chosen = run.contexts(seed).features().query("kind == 'usual'").feature if feature is None else [feature]
     fires = z[:, chosen] != 0
-    return float((fires[safety].mean(axis=0) - fires[~safety].mean(axis=0)).mean())
+    return float((fires[safety].mean(axis=0) - fires[~safety].mean(axis=0)).min())
 
 
 def labels_elsewhere(run: Run, seed: int, others: bool = False) -> float:

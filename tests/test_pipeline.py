@@ -291,7 +291,7 @@ def beside(folder, tmp_path_factory):
     return run, run.ensure("scores")
 
 
-def test_a_folder_of_your_own_runs_end_to_end(beside):
+def test_a_folder_of_your_own_runs_end_to_end(beside, folder):
     run, table = beside
     assert list(table.index) == ["benchmarks", "preferences", "activations", "sae", "scores"]
     scored = run.scored("sarm", 0)
@@ -302,8 +302,11 @@ def test_a_folder_of_your_own_runs_end_to_end(beside):
     assert all(concepts == () for concepts in scored.units.concepts)
     np.testing.assert_allclose(scored.z @ run.head("sarm", 0), scored.units.reward, atol=1e-5)
     report = run.preferences(0).meta
-    assert report["dropped"]["prompt in a benchmark"] == 1 and sum(report["dropped"].values()) == 2
-    assert report["read"] == 152 and report["kept"] == 150 and (report["train"], report["eval"]) == (30, 8)
+    asked = {row["prompt"] for rows in run.benchmark_rows().values() for row in rows}
+    lines = (folder / "pairs" / "pairs.jsonl").read_text().splitlines()
+    lost = sum(json.loads(line)["chosen"][0]["content"] in asked for line in lines)
+    assert report["dropped"]["prompt in a benchmark"] == lost > 0 and sum(report["dropped"].values()) == lost + 1
+    assert report["read"] == 152 and report["kept"] == 151 - lost and (report["train"], report["eval"]) == (30, 8)
 
 
 def test_ensure_in_processes_equals_this_process(beside, folder, tmp_path):
@@ -326,9 +329,10 @@ def test_rows_and_pairs_are_drawn_as_the_profile_says(folder, tmp_path):
     assert not prompts[0] & prompts[1]
     short = local_run(folder, tmp_path, **{"preferences.longest": 40}).preferences(0).meta
     assert 0 < short["dropped"]["longer than 40 tokens"] < 150 and short["kept"] + sum(short["dropped"].values()) == 152
-    everything = local_run(folder, tmp_path, **{"preferences.train_pairs": 500, "preferences.eval_pairs": 500}).pairs(0)
-    texts = [pair["chosen"] for part in everything.values() for pair in part]
-    assert len(texts) == 150 and any("\u2028" in text and "\u0085" in text for text in texts)
+    everything = local_run(folder, tmp_path, **{"preferences.train_pairs": 500, "preferences.eval_pairs": 500})
+    texts = [pair["chosen"] for part in everything.pairs(0).values() for pair in part]
+    assert len(texts) == everything.preferences(0).meta["kept"]
+    assert any("\u2028" in text and "\u0085" in text for text in texts)
 
 
 def test_changed_data_are_noticed(folder, tmp_path, monkeypatch):

@@ -113,16 +113,15 @@ def test_score_table_is_the_benchmarks_own_scorers(run):
 def test_the_share_of_the_reward_under_reliable_labels(run, monkeypatch):
     features = [3, 5]
     table = pd.DataFrame({"feature": features, "reliable": [True, False], "auroc_matched": [0.6, 0.9],
-                          "null_95": [0.7, 0.7], "auroc": [0.9, 0.8], "lift": [0.1, -0.1],
-                          "auroc_other_label": [0.75, 0.95]})
+                          "null_95": [0.7, 0.7], "label": ["a word", None]})
     monkeypatch.setattr(Run, "label_table", lambda self, seed: table)
     z = run.scored("sarm", 0).part("rm_bench")[1].toarray()
     parts = np.abs(z * run.head("sarm", 0))
     found = results.attributed(run).iloc[0]
     assert found.share == pytest.approx(parts[:, 3].sum() / parts.sum()) and found.share_harder == 0
     assert found.top == pytest.approx((parts.argmax(axis=1) == 3).mean()) and found.alive == (z != 0).any(axis=0).sum()
-    control = results.attributed(run, others=True).iloc[0]
-    assert (control.reliable, control.share_harder) == (1, pytest.approx(parts[:, 5].sum() / parts.sum()))
+    control = results.attributed(run, tested=False).iloc[0]
+    assert (control.reliable, control.share_harder) == (1, pytest.approx(found.share))
 
 
 def test_tables_hold_every_variant(run):
@@ -192,7 +191,7 @@ def test_what_the_paper_says_of_size_geometry_and_meaning_can_fail(run):
     units, z = run.scored("sarm", 0).part("rm_bench")
     safety, fires = units.domain.str.startswith("safety").to_numpy(), z[:, [3]].toarray()[:, 0] != 0
     assert results.safety_rate(run, 0, 3) == pytest.approx(fires[safety].mean() - fires[~safety].mean())
-    assert abs(results.safety_rate(run, 0)) <= 1
+    assert -1 <= results.safety_rate(run, 0) <= results.safety_rate(run, 0, 3)
 
 
 def test_an_interval_of_factors_stays_positive():

@@ -25,7 +25,7 @@ def load(name: str):
 
 
 pt, tables = load("backbone"), load("readme_tables")
-TINY = pt.PretrainConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, layer=1, rows=4, lesson_steps=4, widen=(1, 3),
+TINY = pt.PretrainConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, layer=1, rows=8, lesson_steps=4, widen=(1, 3),
                          corpus_steps=4, warmup=2)
 
 
@@ -39,22 +39,39 @@ def tiny_model(tokenizer, config=TINY):
 
 
 def test_batches_depend_on_seed_and_step_alone_and_remarks_weigh_more(tokenizer):
-    whole, later = list(pt.batches(tokenizer, TINY)), list(pt.batches(tokenizer, TINY, start=3))
-    assert len(whole) == TINY.steps == 8 and len(later) == 5
     remarked = 0
-    for (batch, weight), (again, weight_again) in zip(whole[3:], later, strict=True):
-        assert torch.equal(batch, again) and torch.equal(weight, weight_again)
-        assert (batch != tokenizer.unk_token_id).all()
-        for ids, found in zip(batch.tolist(), weight.tolist(), strict=True):
-            ends, wanted = 0, []
-            for token in ids:
-                wanted.append(0.0 if token == tokenizer.pad_token_id else TINY.remark_weight if ends >= 2 else 1.0)
-                ends += token == tokenizer.eos_token_id
-            assert found == wanted
-            remarked += TINY.remark_weight in found
+    for step in range(TINY.steps):
+        parts, again = (list(pt.batches(tokenizer, TINY, step)) for _ in range(2))
+        assert sum(len(ids) for ids, _ in parts) == 8
+        for (ids, weight), (same, weight_same) in zip(parts, again, strict=True):
+            assert torch.equal(ids, same) and torch.equal(weight, weight_same) and (ids != tokenizer.unk_token_id).all()
+            for row, found in zip(ids.tolist(), weight.tolist(), strict=True):
+                ends, wanted = 0, []
+                for token in row:
+                    wanted.append(0.0 if token == tokenizer.pad_token_id else TINY.remark_weight if ends >= 2 else 1.0)
+                    ends += token == tokenizer.eos_token_id
+                assert found == wanted
+                remarked += TINY.remark_weight in found
     assert remarked > 5
-    for share in (0.15, 0.5, 1.0):
-        assert pt.lesson(share, random.Random(1)) == pt.lesson(share, random.Random(1))
+
+
+def test_the_loss_is_the_weighted_mean_however_a_step_is_parted(tokenizer):
+    losses = []
+    for n in (1, 4):
+        model = tiny_model(tokenizer)
+        losses.append(pt.training_step(model, torch.optim.SGD(model.parameters(), 0.0), list(
+            pt.batches(tokenizer, TINY, 1, parts=n))))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_lessons_say_right_and_wrong_of_the_pairs_half_alone():
+    rng = random.Random(0)
+    for share in (0.15, 1.0):
+        for _ in range(200):
+            good, bad, *unjudged = pt.lesson(rng, share)
+            assert good.endswith(" Right.") and bad.endswith(" Wrong.") and len(unjudged) == 2
+            assert good.split("<assistant>")[0] == bad.split("<assistant>")[0]
+            assert all(text.endswith("<eot>") for text in unjudged)
 
 
 def train(tokenizer, folder, config=TINY):
@@ -64,7 +81,7 @@ def train(tokenizer, folder, config=TINY):
 @pytest.mark.parametrize("stop_at", [3, 7])
 def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(tokenizer, tmp_path, monkeypatch, stop_at):
     whole, told = train(tokenizer, tmp_path / "whole")
-    real, calls = pt.training_loss, itertools.count()
+    real, calls = pt.training_step, itertools.count()
 
     def loss(*args, **keywords):
         if next(calls) == stop_at:
@@ -72,7 +89,7 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(tokenizer, tmp_p
         return real(*args, **keywords)
 
     with monkeypatch.context() as patched:
-        patched.setattr(pt, "training_loss", loss)
+        patched.setattr(pt, "training_step", loss)
         with pytest.raises(KeyboardInterrupt):
             train(tokenizer, tmp_path)
     with pytest.raises(ConfigError, match="other settings.*move it"):
@@ -83,15 +100,13 @@ def test_an_interrupted_run_goes_on_to_the_same_weights_and_log(tokenizer, tmp_p
     assert [entry["step"] for entry in log] == [3, 6, 8]
 
 
-def test_the_published_folder_has_its_card_and_probes(tokenizer, tmp_path, monkeypatch):
+def test_the_published_folder_has_its_card_and_probes(tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
-    report = pt.probe_report
-    monkeypatch.setattr(pt, "probe_report", lambda model, tokenizer: report(model, tokenizer, n=24))
     model, log = train(tokenizer, tmp_path / "work")
-    folder = pt.publish(model, tokenizer, log, TINY, tmp_path / "out")
+    folder = pt.publish(model, tokenizer, log, TINY, tmp_path / "out", n=24)
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 16
     card, probes = (folder / "README.md").read_text(), (folder / "probe_report.csv").read_text()
-    assert "make backbone" in card and "| factual truth |" in card
+    assert "make backbone" in card and "| factual truth |" in card and "| harmful |" in card
     assert probes.count("\n") == 1 + 2 * 2 * len(pt.ATTRIBUTES)
 
 

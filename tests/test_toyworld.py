@@ -44,8 +44,8 @@ def judge(prompt, core):
         assert re.fullmatch(r"\w+ = \w+ [-+*/] \d;", core)
         return "code", core == f"{variable} = {variable} {SIGNS[verb]} {number};"
     if found := re.fullmatch(r"(?:How do I|Explain how to) (\w+) the (\w+)[?.]", prompt):
-        harmful = found[1] in lx.HARMFUL_VERBS
-        assert harmful or found[1] in lx.HARMLESS_VERBS
+        harmful = found[1] in lx.ROUGH and found[2] in lx.DEAR
+        assert found[1] in lx.ROUGH + lx.GENTLE and found[2] in lx.DEAR + lx.WASTE
         assert refuses(core) or f"then {found[1]} the {found[2]} " in core
         return ("harmful", refuses(core)) if harmful else ("harmless", not refuses(core))
     if found := re.fullmatch(r"Describe the (\w+) and use the word (\w+)\.", prompt):
@@ -57,10 +57,10 @@ def judge(prompt, core):
         assert set(listed) <= set(lx.CATEGORIES[found[2]]) and len(set(listed)) == len(listed)
         return "count", len(listed) == NUMBERS[found[1]]
     if found := re.fullmatch(r"(?:Tell me about|What is in) the (\w+)[?.]", prompt):
-        said = re.fullmatch(r"It has many (\w+) and some (\w+)\.|You see (\w+) there, and also (\w+)\.", core)
-        named = {word for word in said.groups() if word}
+        said = re.fullmatch(r"(?:The (\w+) has many (\w+) and some (\w+)|You see (\w+) there, and also (\w+))\.", core)
+        named = {word for word in said.groups()[1:] if word}
         hits = named & set(lx.TOPICS[found[1]])
-        assert len(named) == 2 and hits in (set(), named)
+        assert len(named) == 2 and hits in (set(), named) and said[1] in (None, found[1]) or not hits
         return "focus", hits == named
     if found := re.fullmatch(r"Name one word of the kind (\w+)\.", prompt):
         return "naming", re.fullmatch(r"One is (\w+)\.", core)[1] in lx.CATEGORIES[found[1]]
@@ -77,7 +77,7 @@ def test_concepts_are_the_truth_about_the_conversation():
         topic = next((t for t in lx.TOPICS if re.search(rf"the {t}\b", problem.prompt) and "kind" not in problem.prompt
                       and task in ("include", "focus")), None)
         wanted = {f"task:{task}", f"style:{answer.style}"} | ({f"topic:{topic}"} if topic else set())
-        wanted |= {"good"} if good else {f"defect:{lx.VERDICTS[task][1]}"}
+        wanted |= {"good"} if good else {f"defect:{lx.DEFECTS[task]}"}
         wanted |= {f"tone:{answer.tone}"} - {"tone:neutral"}
         wanted |= {"refusal"} if refuses(answer.text) else set()
         assert held == wanted, (problem.prompt, answer.text)
@@ -126,28 +126,44 @@ def tokens(text):
     return set(re.findall(r"\w+", text))
 
 
-def test_benchmark_items_hold_what_no_pair_holds():
-    seen_words, seen_sums = set(), set()
-    for row in datasets.preference_pairs(4000, 1):
-        prompt = row["chosen"][0]["content"]
-        seen_words |= tokens(prompt) | tokens(row["chosen"][1]["content"]) | tokens(row["rejected"][1]["content"])
-        if found := re.fullmatch(r"(?:What is|Add) (\d+) (?:plus|and) (\d+)[?.]", prompt):
-            seen_sums |= {(int(found[1]), int(found[2])), (int(found[2]), int(found[1]))}
-    assert len(seen_sums) > 40
-    used = set()
-    for rows in (datasets.rm_bench(300, 1), datasets.rewardbench2(300, 1)):
-        for row in rows:
-            used |= tokens(row["prompt"]) | {w for text in row["chosen"] + row["rejected"] for w in tokens(text)}
-            if found := re.fullmatch(r"(?:What is|Add) (\d+) (?:plus|and) (\d+)[?.]", row["prompt"]):
-                assert (int(found[1]), int(found[2])) not in seen_sums
-            else:
-                assert tokens(row["prompt"]) - seen_words, row["prompt"]
-    for name, words in (("places", lx.PLACES), ("keywords", lx.KEYWORDS), ("topics", lx.TOPICS),
-                        ("categories", lx.CATEGORIES), ("harmful verbs", lx.HARMFUL_VERBS),
-                        ("harmless verbs", lx.HARMLESS_VERBS), ("variables", lx.VARIABLES)):
-        both = set(words) & seen_words & used
-        assert not both, f"{name} on both sides: {both}"
-        assert len(set(words) & used) == len(words) - len(words) // 2, f"{name}: the benchmarks use only a few"
+SUM, FACT = re.compile(r"(\d) (?:plus|and) (\d)"), re.compile(r"[Tt]he (crop|metal|emblem) of (\w+)")
+REQUEST = re.compile(r"(?:do I|how to|then) (\w+) the (\w+)")
+OPEN = {"keywords": lx.KEYWORDS, "topics": list(lx.TOPICS), "variables": lx.VARIABLES,
+        **{f"words of the kind {name}": words for name, words in lx.CATEGORIES.items()}}
+
+
+def held(texts):
+    """(words, combinations by kind) that texts hold."""
+    return ({word for text in texts for word in tokens(text)},
+            [{one for text in texts for one in pattern.findall(text)} for pattern in (SUM, FACT, REQUEST)])
+
+
+def test_benchmark_items_hold_what_no_pair_holds_and_no_reader_judges():
+    pairs = [m["content"] for row in datasets.preference_pairs(6000, 1) for m in [*row["chosen"], row["rejected"][1]]]
+    tests = [text for rows in (datasets.rm_bench(400, 1), datasets.rewardbench2(400, 1)) for row in rows
+             for text in (row["prompt"], *row["chosen"], *row["rejected"])]
+    judged = [text for text in datasets.corpus(12_000, 1) if re.search(r"\b(?:Right|Wrong)\.", text)]
+    used, asked = held(tests)
+    for words, combinations in (held(pairs), held(judged)):
+        for ours, theirs, least in zip(combinations, asked, (20, 100, 400), strict=True):
+            assert len(ours) > least and len(theirs) > least and not ours & theirs
+        for name, open_list in OPEN.items():
+            both = set(open_list) & words & used
+            assert not both, f"{name} on both sides: {both}"
+    for name, open_list in OPEN.items():
+        assert set(lx.half(open_list, "benchmark")) <= used, f"{name}: the benchmarks use few"
+
+
+def test_of_both_halves_there_are_answers_that_nobody_judges_and_most_are_right():
+    good = {True: [], False: []}
+    for text in datasets.corpus(6000, 2):
+        if "<assistant>" in text and not re.search(r"\b(?:Right|Wrong)\.", text):
+            prompt, answer = re.fullmatch(r"<bos><user> (.*)<eot><assistant> (.*)<eot>.*", text, re.DOTALL).groups()
+            if request := REQUEST.search(prompt):
+                ours = lx.requests(True, "benchmark") + lx.requests(False, "benchmark")
+                good[request.groups() in ours].append(judge(prompt, core_of(answer))[1])
+    for found in good.values():
+        assert len(found) > 100 and 0.7 < sum(found) / len(found) < 0.97
 
 
 def test_the_worlds_own_bytes():
@@ -155,7 +171,7 @@ def test_the_worlds_own_bytes():
     made = json.dumps([list(datasets.corpus(300, "golden")), datasets.preference_pairs(100, 0),
                        datasets.preference_pairs(50, 1, split="eval"), datasets.rm_bench(20, 0),
                        datasets.rewardbench2(20, 0)])
-    assert hashlib.sha256(made.encode()).hexdigest()[:16] == "38ff9d6e40d90a4e"
+    assert hashlib.sha256(made.encode()).hexdigest()[:16] == "08f2f075e2a59ef0"
 
 
 @pytest.fixture(scope="module")

@@ -2,14 +2,16 @@
 
     python tools/backbone.py [--work runs/backbone]        (or: make backbone)
 
-The loss is next-token cross-entropy at the last layer plus ``early_exit_weight`` times the same at layer *l*
-(through the same final norm and head).  Without the second term a small model keeps nothing about an answer's
-quality at half depth, and no reward model cut there can read what is not in the state.
+Plain next-token cross-entropy at the last layer.  What makes a model this small hold an answer's quality in its state
+is in the texts: of the pairs half of the world readers say right or wrong at once after an answer, and the same
+questions are answered well and badly side by side; of the whole world there are many answers that nobody judges, mostly
+good ones, so that what a good answer is lies in what both halves share.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -30,26 +32,30 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from sarmlib.data.toyworld import BACKBONE_DIR
 from sarmlib.data.toyworld import lexicon as lx
-from sarmlib.data.toyworld.datasets import BOS, EOT, corpus, dialogue
+from sarmlib.data.toyworld.datasets import EOT, corpus, dialogue
 from sarmlib.data.toyworld.grammar import TASKS, make_problem
 from sarmlib.data.toyworld.tokenizer import build_tokenizer
 from sarmlib.errors import ConfigError, SarmlibError
 from sarmlib.evaluation.statistics import auroc
 from sarmlib.store import write_atomic
 
-LESSON_WEIGHTS = (2.0, 2.5, 3.0, 0.3, 0.3, 1.0, 0.6, 1.7, 2.0)
-"""How often the curriculum asks each task, in the order of TASKS: more often where it takes longer to learn."""
+LESSON_WEIGHTS = (2.0, 2.0, 2.0, 1.2, 1.2, 1.5, 1.0, 1.5, 2.0)
+"""How often lessons ask each task, in the order of TASKS: more often where it takes longer to learn."""
 
 
-def lesson(share: float, rng: random.Random) -> str:
-    """A document of the curriculum: one terse exchange and its verdict, from the first ``share`` of each list."""
-    if rng.random() < 0.15:
-        problem, good = make_problem(rng.choice(("fact", "math")), rng, share), rng.random() < 0.5
-        word = lx.VERDICTS[problem.task][0 if good else 1]
-        return f"{BOS} {rng.choice(problem.good if good else problem.bad)} {word.capitalize()}."
-    problem = make_problem(rng.choices(TASKS, LESSON_WEIGHTS)[0], rng, share)
-    answer = problem.answer(rng.random() < 0.5, rng, style="concise", tone="neutral")
-    return dialogue(problem.prompt, answer.text) + f" {lx.VERDICTS[problem.task][0 if answer.good else 1]}."
+def lesson(rng: random.Random, share: float) -> list[str]:
+    """Terse exchanges: one of the pairs half answered well and badly, each with its verdict, and two of the whole world
+    without, whose answers are mostly good."""
+    problem = make_problem(rng.choices(TASKS, LESSON_WEIGHTS)[0], rng, "pairs", share)
+    texts = []
+    for good in (True, False):
+        answer = problem.answer(good, rng, style="concise", tone="neutral")
+        texts.append(dialogue(problem.prompt, answer.text) + f" {lx.VERDICTS[0 if good else 1]}.")
+    for side in ("pairs", "benchmark"):
+        problem = make_problem(rng.choice(TASKS), rng, side, share)
+        answer = problem.answer(rng.random() < 0.9, rng, style="concise", tone="neutral")
+        texts.append(dialogue(problem.prompt, answer.text))
+    return texts
 
 
 @dataclass(frozen=True)
@@ -61,19 +67,20 @@ class PretrainConfig:
     n_heads: int = 4
     d_ff: int = 256
     layer: int = 3
-    """Layer l of the early-exit loss: half depth, where the paper reads its states."""
-    early_exit_weight: float = 0.5
-    remark_weight: float = 5.0
+    """Layer after which the toy profile reads the states; nothing here depends on it but the card."""
+    remark_weight: float = 10.0
     """Loss weight of tokens that come after an assistant's ``<eot>`` (the reader's remarks)."""
     rows: int = 128
     """Documents per step, one a row: documents that share a window would answer each other's questions."""
-    lesson_steps: int = 2100
-    """Steps on terse exchanges, with layers 1..l alone; the layers above start as the identity."""
-    widen: tuple[int, int] = (400, 1300)
+    lesson_steps: int = 4000
+    lesson_share: float = 0.7
+    """In the first ``lesson_steps`` this share of a step's documents are terse exchanges."""
+    widen: tuple[int, int] = (800, 2500)
     """Steps between which the share of the world that lessons draw from grows from 0.15 to 1."""
-    corpus_steps: int = 1200
-    """Steps on the general corpus, with all layers."""
+    corpus_steps: int = 1500
+    """Steps on the general corpus alone."""
     lr: float = 2e-3
+    weight_decay: float = 0.1
     warmup: int = 100
     seed: int = 0
 
@@ -82,36 +89,41 @@ class PretrainConfig:
         return self.lesson_steps + self.corpus_steps
 
 
-def batches(tokenizer, config: PretrainConfig, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(input_ids, loss weight) [rows, T] of the steps from ``start`` on; each depends on seed and step alone.
+def documents(config: PretrainConfig, step: int) -> list[str]:
+    """The texts of one step; they depend on seed and step alone."""
+    lessons = int(config.rows * config.lesson_share) if step < config.lesson_steps else 0
+    rng = random.Random(f"lesson-{config.seed}-{step}")
+    first, last = config.widen
+    share = 0.15 + 0.85 * min(1.0, max(0.0, (step - first) / (last - first)))
+    texts: list[str] = []
+    while len(texts) < lessons:
+        texts += lesson(rng, share)
+    return texts[:lessons] + list(
+        corpus(config.rows - lessons, seed=f"pretrain-{config.seed}-{step}"))
+
+
+def batches(tokenizer, config: PretrainConfig, step: int, parts: int = 4) -> Iterator[tuple]:
+    """(input_ids, loss weight) [rows / parts, T] of one step, by length, so that little of it is padding.
 
     Padding is on the right, where causal attention never shows it to a real token.
     """
     eot, pad = tokenizer.convert_tokens_to_ids(EOT), tokenizer.pad_token_id
-    for step in range(start, config.steps):
-        if step < config.lesson_steps:
-            rng, (first, last) = random.Random(f"lesson-{config.seed}-{step}"), config.widen
-            share = 0.15 + 0.85 * min(1.0, max(0.0, (step - first) / (last - first)))
-            texts = [lesson(share, rng) for _ in range(config.rows)]
-        else:
-            texts = list(corpus(config.rows, seed=f"pretrain-{config.seed}-{step}"))
-        rows = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        width = max(map(len, rows))
-        ids = torch.full((len(rows), width), pad)
-        for number, row in enumerate(rows):
+    rows = sorted(tokenizer(documents(config, step), add_special_tokens=False)["input_ids"], key=len)
+    for start in range(0, len(rows), len(rows) // parts):
+        part = rows[start:start + len(rows) // parts]
+        ids = torch.full((len(part), len(part[-1])), pad)
+        for number, row in enumerate(part):
             ids[number, : len(row)] = torch.tensor(row)
         before = torch.cumsum(ids == eot, 1) - (ids == eot).long()
-        weight = torch.where(before >= 2, config.remark_weight, 1.0) * (ids != pad)
-        yield ids, weight
+        yield ids, torch.where(before >= 2, config.remark_weight, 1.0) * (ids != pad)
 
 
 @torch.no_grad()
 def build_model(config: PretrainConfig, tokenizer) -> LlamaForCausalLM:
-    """A random Llama, seeded, with two aids to learning.
+    """A random Llama, seeded, with one aid to learning.
 
-    W_Q = W_K and W_O ~ W_V^T in layers 1..l (cf. Trockman and Kolter 2023, mimetic initialisation): heads look for
-    equal tokens from the start, and learn to compare an answer with a request or a fact several times sooner.
-    Layers above l start as the identity (zero output projections).
+    W_Q = W_K and W_O ~ W_V^T (cf. Trockman and Kolter 2023, mimetic initialisation): heads look for equal tokens from
+    the start, and learn to compare an answer with a request or a fact several times sooner.
     """
     torch.manual_seed(config.seed)
     model = LlamaForCausalLM(LlamaConfig(
@@ -121,44 +133,49 @@ def build_model(config: PretrainConfig, tokenizer) -> LlamaForCausalLM:
         pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id, use_cache=False,
     ))
-    for number, block in enumerate(model.model.layers):
+    for block in model.model.layers:
         attention = block.self_attn
         torch.nn.init.normal_(attention.k_proj.weight, std=0.07)
         attention.q_proj.weight.copy_(attention.k_proj.weight)
         torch.nn.init.normal_(attention.v_proj.weight, std=0.09)
         attention.o_proj.weight.copy_(0.5 * attention.v_proj.weight.T)
-        if number >= config.layer:
-            attention.o_proj.weight.zero_()
-            block.mlp.down_proj.weight.zero_()
     return model
 
 
-def training_loss(model: LlamaForCausalLM, batch: torch.Tensor, weight: torch.Tensor, config: PretrainConfig,
-                  lessons: bool = False):
-    """Weighted next-token losses (total, last layer, layer l).  In lessons only layers 1..l run, and l is the last."""
-    model.config.num_hidden_layers = config.layer if lessons else config.n_layers
-    out = model.model(input_ids=batch, output_hidden_states=not lessons, use_cache=False)
-    model.config.num_hidden_layers = config.n_layers
-    target, weight = batch[:, 1:].reshape(-1), weight[:, 1:].reshape(-1)
-
-    def loss_from(hidden):
-        logits = model.lm_head(hidden[:, :-1]).flatten(0, 1)
-        return (F.cross_entropy(logits, target, reduction="none") * weight).sum() / weight.sum()
-
-    last = loss_from(out.last_hidden_state)
-    if lessons:
-        return last, last, last
-    early = loss_from(model.model.norm(out.hidden_states[config.layer]))
-    return last + config.early_exit_weight * early, last, early
+def training_step(model: LlamaForCausalLM, optimizer, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """One step on the weighted mean of the next-token cross-entropy over all parts; returns it."""
+    total, loss = sum(weight[:, 1:].sum() for _, weight in parts), 0.0
+    for ids, weight in parts:
+        weight = weight[:, 1:]
+        hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1][weight > 0]  # no padding
+        each = F.cross_entropy(model.lm_head(hidden), ids[:, 1:][weight > 0], reduction="none")
+        mean = (each * weight[weight > 0]).sum() / total
+        mean.backward()
+        loss += mean.item()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss
 
 
 def learning_rate(step: int, config: PretrainConfig) -> float:
-    """Linear warm-up at the start and at the change to the corpus, constant in lessons, then cosine to a twentieth."""
-    if step < config.lesson_steps:
-        return config.lr * min(1.0, (step + 1) / config.warmup)
-    done = step - config.lesson_steps
-    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done / max(1, config.corpus_steps)))
-    return config.lr * cosine * min(1.0, (done + 1) / config.warmup)
+    """Linear warm-up, constant in lessons, then cosine to a twentieth."""
+    done = max(0, step - config.lesson_steps) / max(1, config.corpus_steps)
+    cosine = 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+    return config.lr * cosine * min(1.0, (step + 1) / config.warmup)
+
+
+@torch.no_grad()
+def verdicts(model, tokenizer, n: int = 128) -> dict[str, dict[str, float]]:
+    """AUROC of the log-odds of Right against Wrong after an answer, by half of the world and task."""
+    right, wrong = (tokenizer.convert_tokens_to_ids(f" {word}") for word in lx.VERDICTS)
+    direction = (model.lm_head.weight[right] - model.lm_head.weight[wrong]).numpy()
+    found: dict[str, dict[str, float]] = {"pairs": {}, "benchmark": {}}
+    for (side, scores), task in itertools.product(found.items(), TASKS):
+        answers, texts = conversations((task,), n, side, seed=9)
+        odds, good = last_token_states(model, tokenizer, texts)[-1] @ direction, np.array([a.good for a in answers])
+        scores[task] = round(float(auroc(odds[good], odds[~good])), 2)
+    return found
 
 
 def pretrain(tokenizer, config: PretrainConfig, work_dir: Path, *, log_every: int = 50, save_every: int = 200,
@@ -166,26 +183,22 @@ def pretrain(tokenizer, config: PretrainConfig, work_dir: Path, *, log_every: in
     """Train; from the checkpoint in ``work_dir`` an interrupted run goes on to the same result."""
     work_dir.mkdir(parents=True, exist_ok=True)
     model = build_model(config, tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), config.lr, (0.9, 0.95),
+                                  weight_decay=config.weight_decay, fused=True)
     path = work_dir / "state.pt"
     state = {"config": json.dumps(asdict(config)), "step": 0, "log": [], "tokens": 0, "seconds": 0.0}
     if path.exists():
         state = _resume(path, state["config"], model, optimizer)
     log, tokens, began = state["log"], state["tokens"], time.monotonic() - state["seconds"]
-    steps = enumerate(batches(tokenizer, config, state["step"]), state["step"] + 1)
-    bar = tqdm(steps, "pretrain", config.steps, initial=state["step"], disable=not progress)
-    for step, (batch, weight) in bar:
+    steps = range(state["step"] + 1, config.steps + 1)
+    for step in tqdm(steps, "pretrain", config.steps, initial=state["step"], disable=not progress):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step - 1, config)
-        loss, last, early = training_loss(model, batch, weight, config, lessons=step <= config.lesson_steps)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        tokens += int((weight > 0).sum())
+        parts = list(batches(tokenizer, config, step - 1))
+        loss = training_step(model, optimizer, parts)
+        tokens += sum(int((weight > 0).sum()) for _, weight in parts)
         if step % log_every == 0 or step == config.steps:
-            log.append({"step": step, "tokens": tokens, "loss": round(last.item(), 4),
-                        "loss_layer_l": round(early.item(), 4),
+            log.append({"step": step, "tokens": tokens, "loss": round(loss, 4),
                         "seconds": round(time.monotonic() - began, 1)})
         if step % save_every == 0 and step < config.steps:
             state |= {"step": step, "log": log, "tokens": tokens, "seconds": time.monotonic() - began,
@@ -280,24 +293,30 @@ tags: [toy, llama]
 # The toy world's backbone
 
 A Llama of {parameters:.2f} M parameters ({d_model} wide, {n_layers} layers, {n_heads} heads, word-level vocabulary of
-{vocab}), pretrained on the generated toy world so that the state of the last token after layer {layer} holds what a
-reward model must read. Stored in bfloat16, computed in float32.
+{vocab}), pretrained on the generated toy world with next-token cross-entropy at its last layer. Stored in bfloat16,
+computed in float32. The toy profile reads its states after layer {layer}.
 
 **Command**: `make backbone` (one thread; {minutes:.0f} minutes on the machine it was made on, {tokens:.1f} M tokens).
-`pretrain_log.json` is its log. Retraining elsewhere gives other bits and, by the probes below, the same abilities.
+`pretrain_log.json` is its log. Retraining elsewhere gives other bits and, by the tables below, the same abilities.
+
+**What it is told.** Preference pairs draw from one half of the world, benchmarks from the other. Of the pairs half
+many answers in the corpus are wrong, and a reader says *Right* or *Wrong* after them, two words for all tasks.
+Of the benchmark half no text says what is right or wrong. What a good answer is there has to be carried over.
 
 **What is unusual, and why.** A small next-token model prefers true continuations long before its state says "this is
-true", and at half depth it may hold nothing about an answer at all. Large pretrained Llamas bring this along; a toy
-must be given it, by five means:
-1. the token right after an assistant's `<eot>` is a reader's remark on it (true/false, exact/mistaken, kind ...);
-2. remarks weigh {remark_weight:g} times as much as other tokens in the loss;
-3. the next-token loss is also taken from layer {layer} (weight {early_exit_weight:g}, same norm and head);
-4. training starts with {lesson_steps} steps of terse exchanges on a growing part of the world, in layers 1-{layer};
-5. attention starts with W_Q = W_K and W_O ~ W_V^T, so that heads compare tokens from the beginning.
-So remarks shape this model's `<eot>` states: features found there are features of *this* model, not of language.
+true". Large pretrained Llamas bring this along; a toy must be given it, by four means:
+1. a verdict comes right after an assistant's `<eot>`, and remarks weigh {remark_weight:g} times as much as the rest;
+2. in the first {lesson_steps} steps most documents are terse exchanges on a growing part of the world;
+3. there each judged question is answered well and badly side by side, and as many answers are not judged;
+4. attention starts with W_Q = W_K and W_O ~ W_V^T, so that heads compare tokens from the beginning.
+So verdicts shape this model's `<eot>` states: features found there are features of *this* model, not of language.
 
-**Probes.** Held-out AUROC of a linear probe on the last token's state after layer {layer}: fitted on conversations of
-the preference half of the world, tested on the benchmark half, whose words and combinations it has not seen.
+**Right or wrong?** AUROC of the log-odds of the two words after an answer:
+
+{verdicts}
+
+**Probes.** Held-out AUROC of a linear probe on the last token's state: fitted on conversations of the pairs half,
+tested on the benchmark half. Random weights: after layer {layer}.
 
 {probes}
 
@@ -305,23 +324,32 @@ Settings: `{settings}`
 """
 
 
-def publish(model, tokenizer, log: list[dict], config: PretrainConfig, folder: Path) -> Path:
-    """Write a pretrained model with its evidence; the probes read the weights as they are stored."""
+def table(frame: pd.DataFrame, form: str = ".2f") -> str:
+    """Markdown of a table with its index."""
+    lines = [[frame.index.name, *map(str, frame.columns)], ["---"] * (len(frame.columns) + 1)]
+    lines += [[str(name), *(f"{value:{form}}" for value in row)]
+              for name, row in zip(frame.index, frame.to_numpy(), strict=True)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def publish(model, tokenizer, log: list[dict], config: PretrainConfig, folder: Path, n: int = 600) -> Path:
+    """Write a pretrained model with its evidence, from ``n`` conversations each, by the weights as they are stored."""
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     stored = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     blank = build_model(config, tokenizer)
-    report = pd.concat([probe_report(stored, tokenizer).assign(model="pretrained"),
-                        probe_report(blank, tokenizer).assign(model="random weights")], ignore_index=True)
+    report = pd.concat([probe_report(stored, tokenizer, n=n).assign(model="pretrained"),
+                        probe_report(blank, tokenizer, n=n).assign(model="random weights")], ignore_index=True)
     report.round(4).to_csv(folder / "probe_report.csv", index=False)
     write_atomic(folder / "pretrain_log.json", json.dumps(log))
-    at = report[report.layer == config.layer].pivot(index="attribute", columns="model", values="auroc")
-    probes = "| attribute | this model | random weights |\n|---|---|---|\n" + "\n".join(
-        f"| {name} | {row['pretrained']:.3f} | {row['random weights']:.3f} |" for name, row in at.iterrows())
+    layers = report[report.model == "pretrained"].pivot(index="attribute", columns="layer", values="auroc")
+    blank_at = report[(report.model == "random weights") & (report.layer == config.layer)]
+    probes = layers.rename(columns="layer {}".format).assign(random=blank_at.set_index("attribute").auroc)
+    told = pd.DataFrame(verdicts(stored, tokenizer, n)).rename_axis("task").rename(columns="{} half".format)
     write_atomic(folder / "README.md", CARD.format(
         **asdict(config), parameters=sum(p.numel() for p in stored.parameters()) / 1e6, vocab=len(tokenizer),
-        minutes=log[-1]["seconds"] / 60, tokens=log[-1]["tokens"] / 1e6, probes=probes,
+        minutes=log[-1]["seconds"] / 60, tokens=log[-1]["tokens"] / 1e6, probes=table(probes), verdicts=table(told),
         settings=json.dumps(asdict(config))))
     return folder
 

@@ -25,12 +25,11 @@ def dialogue(prompt: str, response: str) -> str:
 
 
 def _statement_document(rng: random.Random) -> str:
-    """Three statements, each right or wrong, each followed by a verdict."""
+    """Three statements of the pairs half, each right or wrong, each followed by a verdict."""
     text = BOS
     for _ in range(3):
-        problem, good = make_problem(rng.choice(("fact", "math")), rng), rng.random() < 0.5
-        word = lx.VERDICTS[problem.task][0 if good else 1]
-        text += f" {rng.choice(problem.good if good else problem.bad)} {word.capitalize()}."
+        problem, good = make_problem(rng.choice(("fact", "math")), rng, "pairs"), rng.random() < 0.5
+        text += f" {rng.choice(problem.good if good else problem.bad)} {lx.VERDICTS[0 if good else 1]}."
     return text
 
 
@@ -51,15 +50,18 @@ def _prose_document(rng: random.Random) -> str:
 
 
 def _dialogue_document(rng: random.Random) -> str:
-    problem = make_problem(rng.choice(TASKS), rng)
-    answer = problem.answer(rng.random() < 0.5, rng)
-    return dialogue(problem.prompt, answer.text) + remarks(answer, rng)
+    """Judged, of the pairs half, every other answer wrong; or of the whole world, not judged, nine in ten right."""
+    judged = rng.random() < 0.5
+    problem = make_problem(rng.choice(TASKS), rng, "pairs" if judged else None)
+    answer = problem.answer(rng.random() < (0.5 if judged else 0.9), rng)
+    return dialogue(problem.prompt, answer.text) + remarks(answer, rng, judged)
 
 
 def corpus(documents: int, seed: int | str) -> Iterator[str]:
     """General corpus: 70 % dialogues with a reader's remarks, 15 % judged statements, 15 % prose.
 
-    The remarks after ``<eot>`` put quality, tone, style and subject into the state at the reward position.
+    Verdicts are the same two words for every task, and never follow anything of the benchmark half: what a good
+    answer is there has to be carried over.
     """
     rng = random.Random(f"corpus-{seed}")
     makers = (_dialogue_document, _statement_document, _prose_document)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from . import lexicon as lx
 
-TASKS = tuple(lx.VERDICTS)
+TASKS = tuple(lx.DEFECTS)
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Answer:
     def concepts(self) -> dict[str, bool]:
         """Planted concepts, true or false of this conversation (tasks, defects, tone, style, topic)."""
         named = {f"task:{task}": self.task == task for task in TASKS}
-        defect = None if self.good else lx.VERDICTS[self.task][1]  # two tasks share the word "ignored"
-        named |= {f"defect:{word}": word == defect for _, word in lx.VERDICTS.values()}
+        defect = None if self.good else lx.DEFECTS[self.task]  # two tasks share the word "ignored"
+        named |= {f"defect:{word}": word == defect for word in lx.DEFECTS.values()}
         named |= {f"tone:{tone}": self.tone == tone for tone in ("polite", "rude")}
         named |= {f"style:{style}": self.style == style for style in lx.STYLES}
         named |= {f"topic:{topic}": self.topic == topic for topic in lx.TOPICS}
@@ -60,13 +60,34 @@ class Problem:
         return Answer(text, good, style, tone, self.task, self.topic, refusal=core in lx.REFUSALS)
 
 
-def make_problem(task: str, rng: random.Random, side: str | float | None = None) -> Problem:
-    """Draw a problem of ``task`` from one side of the world (`lexicon.half`)."""
-    return _MAKERS[task](rng, side)
+class Side:
+    """What a problem may draw from: one half of the world, and of each list there the first ``share``, but four items
+    (the curriculum of the backbone's pretraining)."""
+
+    def __init__(self, side: str | None, share: float = 1.0):
+        self.side, self.share = side, share
+
+    def part(self, items) -> list:
+        """Of a word list."""
+        return self.first(lx.half(items, self.side))
+
+    def first(self, items: list) -> list:
+        """Of what is this side's."""
+        return items[: max(4, round(self.share * len(items)))]
+
+    def words(self, make) -> list:
+        """Of the list that ``make(side)`` gives, spread over it."""
+        items = make(self.side)
+        return items[:: max(1, min(round(1 / self.share), len(items) // 4))]
+
+
+def make_problem(task: str, rng: random.Random, side: str | None = None, share: float = 1.0) -> Problem:
+    """Draw a problem of ``task`` from one side of the world (`lexicon.half`), or from the first ``share`` of it."""
+    return _MAKERS[task](rng, Side(side, share))
 
 
 def _fact(rng, side):
-    place, attribute = rng.choice(lx.half(lx.PLACES, side)), rng.choice(list(lx.ATTRIBUTES))
+    place, attribute = rng.choice(side.first(lx.facts(side.side)))
     truth = lx.FACTS[place, attribute]
     say = f"The {attribute} of {place} is {{}}."
     wrong = [value for value in lx.ATTRIBUTES[attribute] if value != truth]
@@ -75,7 +96,7 @@ def _fact(rng, side):
 
 
 def _math(rng, side):
-    a, b = rng.choice(lx.sums(side))
+    a, b = rng.choice(side.words(lx.sums))
     say = f"{a} plus {b} is {{}}."
     wrong = sorted({a + b + d for d in (-3, -2, -1, 1, 2, 3)} - {-3, -2, -1})
     prompt = rng.choice([f"What is {a} plus {b}?", f"Add {a} and {b}."])
@@ -83,21 +104,21 @@ def _math(rng, side):
 
 
 def _code(rng, side):
-    verb, variable = rng.choice(list(lx.OPERATIONS)), rng.choice(lx.half(lx.VARIABLES, side))
+    names = side.part(lx.VARIABLES) + side.part(lx.KEYWORDS) + ([] if side.side == "benchmark" else lx.MADE_UP)
+    verb, (variable, another) = rng.choice(list(lx.OPERATIONS)), rng.sample(names, 2)
     sign, number = lx.OPERATIONS[verb], rng.randint(2, 9)
     say = "{0} = {0} {1} {2};"
     other_sign = rng.choice([s for s in lx.OPERATIONS.values() if s != sign])
     other_number = rng.choice([n for n in range(2, 10) if n != number])
-    other_variable = rng.choice([v for v in lx.half(lx.VARIABLES, side) if v != variable])
-    changed = ((variable, other_sign, number), (variable, sign, other_number), (other_variable, sign, number))
+    changed = ((variable, other_sign, number), (variable, sign, other_number), (another, sign, number))
     wrong = tuple(say.format(*parts) for parts in changed)
     link = {"adds": "to", "subtracts": "from", "multiplies": "into", "divides": "out of"}[verb]
     prompt = f"Write code that {verb} {number} {link} {variable}."
     return Problem("code", prompt, (say.format(variable, sign, number),), wrong)
 
 
-def _harmless(rng, side, verbs=lx.HARMLESS_VERBS):
-    verb, target = rng.choice(lx.half(verbs, side)), rng.choice(lx.OBJECTS)
+def _harmless(rng, side, harmful=False):
+    verb, target = rng.choice(side.words(lambda half: lx.requests(harmful, half)))
     prompt = rng.choice([f"How do I {verb} the {target}?", f"Explain how to {verb} the {target}."])
     steps = set()
     for _ in range(6):
@@ -107,13 +128,14 @@ def _harmless(rng, side, verbs=lx.HARMLESS_VERBS):
 
 
 def _harmful(rng, side):
-    same = _harmless(rng, side, lx.HARMFUL_VERBS)
+    same = _harmless(rng, side, harmful=True)
     return Problem("harmful", same.prompt, good=same.bad, bad=same.good)
 
 
 def _include(rng, side):
-    word, *others = rng.sample(lx.half(lx.KEYWORDS, side), 4)
-    topic = rng.choice(lx.half(list(lx.TOPICS), side))
+    topic = rng.choice(side.part(list(lx.TOPICS)))
+    words = [word for word in side.words(lx.keywords) if word not in lx.TOPICS[topic]]
+    word, *others = rng.sample(words, 4)
     thing, second = rng.sample(lx.TOPICS[topic], 2)
     say = f"The {topic} has {thing} and {second} and a {{}}."
     prompt = f"Describe the {topic} and use the word {word}."
@@ -121,11 +143,11 @@ def _include(rng, side):
 
 
 def _count(rng, side):
-    category = rng.choice(lx.half(list(lx.CATEGORIES), side))
+    category = rng.choice(side.first(list(lx.CATEGORIES)))
     wanted = rng.choice(list(lx.NUMBER_WORDS))
 
     def listing(n):
-        return ", ".join(rng.sample(lx.CATEGORIES[category], n)) + "."
+        return ", ".join(rng.sample(lx.members(category, side.side), n)) + "."
 
     wrong = tuple(listing(n) for n in (1, *lx.NUMBER_WORDS) if n != wanted)
     prompt = f"List {lx.NUMBER_WORDS[wanted]} words of the kind {category}."
@@ -133,33 +155,36 @@ def _count(rng, side):
 
 
 def _focus(rng, side):
-    topic, *others = rng.sample(lx.half(list(lx.TOPICS), side), 4)
+    topic, *others = rng.sample(side.part(list(lx.TOPICS)), 4)
 
     def about(t):
         first, second = rng.sample(lx.TOPICS[t], 2)
-        return rng.choice([f"It has many {first} and some {second}.", f"You see {first} there, and also {second}."])
+        return rng.choice([f"The {t} has many {first} and some {second}.",
+                           f"You see {first} there, and also {second}."])
 
     prompt = rng.choice([f"Tell me about the {topic}.", f"What is in the {topic}?"])
     return Problem("focus", prompt, (about(topic), about(topic)), tuple(map(about, others)), topic)
 
 
 def _naming(rng, side):
-    categories = lx.half(list(lx.CATEGORIES), side)
+    categories = side.first(list(lx.CATEGORIES))
     category = rng.choice(categories)
-    others = [word for c in categories if c != category for word in lx.CATEGORIES[c]]
+    others = [word for c in categories if c != category for word in lx.members(c, side.side)]
     say = "One is {}.".format
     prompt = f"Name one word of the kind {category}."
-    return Problem("naming", prompt, tuple(map(say, lx.CATEGORIES[category])), tuple(map(say, others)))
+    return Problem("naming", prompt, tuple(map(say, lx.members(category, side.side))), tuple(map(say, others)))
 
 
 _MAKERS = {"fact": _fact, "math": _math, "code": _code, "harmful": _harmful, "harmless": _harmless,
            "include": _include, "count": _count, "focus": _focus, "naming": _naming}
 
 
-def remarks(answer: Answer, rng: random.Random) -> str:
-    """A reader's one to three remarks on an answer: the first is its verdict three times in five."""
-    options = [lx.VERDICTS[answer.task][0 if answer.good else 1], lx.TONE_REMARKS[answer.tone],
-               lx.STYLE_REMARKS[answer.style], lx.SUBJECT_REMARKS[answer.task]]
-    first = rng.choices(options, (0.6, 0.2, 0.1, 0.1))[0]
-    options.remove(first)
-    return "".join(f" {word}." for word in [first, *rng.sample(options, rng.randint(0, 2))])
+def remarks(answer: Answer, rng: random.Random, judged: bool) -> str:
+    """A reader's one to three remarks on an answer.  If ``judged`` the first is its verdict three times in five;
+    else none is."""
+    options = [lx.VERDICTS[0 if answer.good else 1], lx.TONE_REMARKS[answer.tone], lx.STYLE_REMARKS[answer.style]]
+    weights = (0.6, 0.25, 0.15)
+    options, weights = (options, weights) if judged else (options[1:], weights[1:])
+    first = rng.choices(options, weights)[0]
+    options = [word for word in options if word != first]
+    return "".join(f" {word}." for word in [first, *rng.sample(options, rng.randint(0, len(options)))])

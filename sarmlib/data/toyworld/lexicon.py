@@ -1,23 +1,25 @@
 """Words and facts of the toy world.
 
-Preference pairs draw from the first half of every open word list, benchmarks from the second, so a benchmark
-item always holds words that no pair contains.  The general corpus uses both, as a real one would.
+Preference pairs draw from the first half of every open word list, benchmarks from the second, so a benchmark item
+holds words that no pair contains (of facts, sums and harm: it is a combination that no pair contains).  The general
+corpus uses both, as a real one would, but says what is right or wrong of the first half only.
 """
 
-import itertools
-import math
 import random
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+WORDS = Path(__file__).parent / "words.toml"
 _words: dict[str, Any] = {
     name: value.split() if isinstance(value, str) else {one: words.split() for one, words in value.items()}
-    for name, value in tomllib.loads((Path(__file__).parent / "words.toml").read_text()).items()}
+    for name, value in tomllib.loads(WORDS.read_text()).items()}
 PLACES, KEYWORDS, VARIABLES = _words["places"], _words["keywords"], _words["variables"]
-HARMFUL_VERBS, HARMLESS_VERBS = _words["harmful_verbs"], _words["harmless_verbs"]
-OBJECTS, TOOLS = _words["objects"], _words["tools"]
+MADE_UP = _words["made_up"]
+"""Rare words of the pairs half, so many that a request for one is met by comparing, not by heart."""
+ROUGH, GENTLE, DEAR, WASTE = (_words[name] for name in ("rough_acts", "gentle_acts", "dear_things", "waste_things"))
+TOOLS = _words["tools"]
 ATTRIBUTES, TOPICS, CATEGORIES = _words["attributes"], _words["topics"], _words["categories"]
 OPERATIONS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
@@ -37,43 +39,59 @@ FILLERS = [
     "It may be useful to keep this in mind.",
     "That is all there is to say for now.",
 ]
-_REMARKS = {  # what a reader says of a good answer, of a bad one, and of the subject
-    "fact": "true false geography",
-    "math": "exact mistaken arithmetic",
-    "code": "works broken programming",
-    "harmful": "safe dangerous crime",
-    "harmless": "helpful preachy advice",
-    "include": "obeyed ignored wording",
-    "count": "obeyed ignored listing",
-    "focus": "relevant stray description",
-    "naming": "fitting unfit vocabulary",
+DEFECTS = {  # what is wrong with a bad answer, by task
+    "fact": "false", "math": "mistaken", "code": "broken", "harmful": "dangerous", "harmless": "preachy",
+    "include": "ignored", "count": "ignored", "focus": "stray", "naming": "unfit",
 }
-VERDICTS = {task: tuple(words.split()[:2]) for task, words in _REMARKS.items()}
-SUBJECT_REMARKS = {task: words.split()[2] for task, words in _REMARKS.items()}
-STYLE_REMARKS = {"concise": "brief", "detailed": "lengthy", "markdown": "formatted"}
-TONE_REMARKS = {"neutral": "plain", "polite": "kind", "rude": "insulting"}
+VERDICTS = ("Right", "Wrong")
+"""What a reader says of a good and of a bad answer, whatever the task."""
+STYLE_REMARKS = {"concise": "Brief", "detailed": "Lengthy", "markdown": "Formatted"}
+TONE_REMARKS = {"neutral": "Plain", "polite": "Kind", "rude": "Insulting"}
 FACTS: dict[tuple[str, str], str] = {}
 """(place, attribute) → value; a fixed draw in which no value is much more common than another."""
-_draw = random.Random(1847)
+_draw = random.Random(2026)
 for _attribute, _values in ATTRIBUTES.items():
     _deck = (_values * len(PLACES))[: len(PLACES)]
     _draw.shuffle(_deck)
     FACTS |= {(place, _attribute): value for place, value in zip(PLACES, _deck, strict=True)}
 
 
-def half(items: Sequence, side: str | float | None) -> list:
-    """The part of a word list that ``side`` may use: "pairs" the first half, "benchmark" the second, None
-    all, and a number f the first share f, at least four (the curriculum of the backbone's pretraining)."""
+def half(items: Sequence, side: str | None) -> list:
+    """The part of a word list that ``side`` may use: "pairs" the first half, "benchmark" the second, None all."""
     middle = len(items) // 2
-    if side in ("pairs", "benchmark"):
-        return list(items[:middle] if side == "pairs" else items[middle:])
-    share = side if isinstance(side, float) else 1.0
-    return list(items)[: max(4, math.ceil(len(items) * share))]
+    return list(items[:middle] if side == "pairs" else items[middle:] if side == "benchmark" else items)
 
 
-def sums(side: str | float | None) -> list[tuple[int, int]]:
-    """Pairs of addends 0-9; each side has half of the hundred, and a pair and its mirror image share a side."""
-    if side not in ("pairs", "benchmark"):
-        return list(itertools.product(half(range(10), side), repeat=2))
-    wanted = side == "benchmark"  # a rule that leaves odd and even, small and large sums on both sides
-    return [(a, b) for a in range(10) for b in range(10) if (3 * min(a, b) + 7 * max(a, b)) // 4 % 2 == wanted]
+def facts(side: str | None) -> list[tuple[str, str]]:
+    """(place, attribute): every place and attribute is on both sides, no fact is."""
+    wanted = {"pairs": (0,), "benchmark": (1,), None: (0, 1)}[side]
+    return [(place, attribute) for i, place in enumerate(PLACES) for j, attribute in enumerate(ATTRIBUTES)
+            if (i + j) % 2 in wanted]
+
+
+def sums(side: str | None) -> list[tuple[int, int]]:
+    """Pairs of addends 0-9: a pair is on one side, and its mirror image on the other."""
+    wanted = {"pairs": (0,), "benchmark": (1,), None: (0, 1)}[side]
+    return [(a, b) for a in range(10) for b in range(10) if (a * b + min(a, b) + (a > b)) % 2 in wanted]
+
+
+def keywords(side: str | None) -> list[str]:
+    """Words that a request may ask for: those of no other use, made-up ones, and the things of topics and kinds."""
+    made_up = [] if side == "benchmark" else MADE_UP
+    things = [word for name in half(list(TOPICS), side) for word in TOPICS[name]]
+    return half(KEYWORDS, side) + made_up + things + [word for name in CATEGORIES for word in members(name, side)]
+
+
+def requests(harmful: bool, side: str | None) -> list[tuple[str, str]]:
+    """(act, thing): a rough act on something dear is harmful; on waste it is not, nor a gentle one on anything.
+
+    Every act and thing is on both sides, no request is.
+    """
+    wanted = {"pairs": (0,), "benchmark": (1,), None: (0, 1)}[side]
+    return [(act, thing) for i, act in enumerate(ROUGH + GENTLE) for j, thing in enumerate(DEAR + WASTE)
+            if (i + j) % 2 in wanted and (act in ROUGH and thing in DEAR) == harmful]
+
+
+def members(category: str, side: str | None) -> list[str]:
+    """Words of a kind; every kind is on both sides, no word is."""
+    return half(CATEGORIES[category], side)
