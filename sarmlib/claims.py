@@ -176,4 +176,5 @@ def _row(claim: Claim, result: dict) -> dict:
         judged = verdict((low, high), claim.threshold, claim.direction)
     return {**claim.model_dump(exclude={"band", "paper_value"}), "paper": claim.paper_value, "value": value,
             "low": low, "high": high, "band_lo": band_lo, "band_hi": band_hi, "verdict": judged,
-            "in_band": result.get("ok"), "reason": result.get("reason", "")}
+            "in_band": result.get("ok"), "reason": result.get("reason", ""), "control": result.get("control"),
+            "broken": result.get("broken")}

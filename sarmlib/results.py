@@ -521,10 +521,11 @@ def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind:
 
 
 def null_difference(run: Run, benchmark: str = "rewardbench2") -> Interval:
-    """The same between models of one kind and those of the next seed, where there is nothing to find: the control."""
+    """The same between models of one kind and those of the next seed (of a single seed: with themselves), where there is
+    nothing to find: the control.  The last seed is not set against the first: the mean would be zero by construction."""
     kind = "random_encoder" if "random_encoder" in run.profile.variants else "sarm"
     values, strata = units(run, kind, benchmark)
-    return _interval(values - np.roll(values, 1, axis=0), strata, shares=False)
+    return _interval(values[:-1] - values[1:] if len(values) > 1 else values - values, strata, shares=False)
 
 
 def differences(run: Run) -> pd.DataFrame:

@@ -43,6 +43,19 @@ def _claims(table: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+def broken_markdown(table: pd.DataFrame) -> str:
+    """Each claim's broken version, and how far it falls outside the band, in widths of the band."""
+    lines = ["| | what is broken | value | broken | band | outside by |", "|---|---|---|---|---|---|"]
+    for row in table.dropna(subset=["control", "band_lo"]).itertuples():
+        distance, width = max(row.band_lo - row.control, row.control - row.band_hi), row.band_hi - row.band_lo
+        outside = f"{distance / width:.1f} bands" if width > 0 else "the band is one point"
+        if distance <= 0:
+            outside = "inside: by its interval it decides nothing"
+        lines.append(f"| {row.id} | {row.broken} | {row.value:.3g} | {row.control:.3g} | {row.band_lo:g} to "
+                     f"{row.band_hi:g} | {outside} |")
+    return "\n".join(lines)
+
+
 def markdown(table: pd.DataFrame, **columns: str) -> str:
     """Columns of a table under new headings; a value is ``name`` or ``name:format``."""
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
@@ -88,7 +101,8 @@ def report(run) -> str:
     labels = {"seed": "seed", "features that fire": "alive", "labelled": "labelled", "reliable": "reliable",
               "share of the reward under reliable labels": "share:.0%",
               "also against matched answers": "share_harder:.0%", "answers whose largest part has one": "top:.0%"}
-    parts = {"The claims": claims_markdown(verdicts(run.store.root / "results")),
+    claims = verdicts(run.store.root / "results")
+    parts = {"The claims": claims_markdown(claims), "Broken on purpose": broken_markdown(claims),
              "Reward models": variants_markdown(run), "Against chance": markdown(results.against_chance(run), **chance),
              "Differences on RewardBench 2": markdown(results.differences(run), **gaps),
              "SAEs": markdown(results.sae_table(run), **sae),
