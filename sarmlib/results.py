@@ -521,8 +521,11 @@ def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind:
 
 
 def null_difference(run: Run, benchmark: str = "rewardbench2") -> Interval:
-    """The same between models of one kind and those of the next seed (of a single seed: with themselves), where there is
-    nothing to find: the control.  The last seed is not set against the first: the mean would be zero by construction."""
+    """The same between models of one kind and those of the next seed, where there is nothing to find: the control.
+
+    The last seed is not set against the first, which would make the mean zero by construction; a single seed is set
+    against itself.
+    """
     kind = "random_encoder" if "random_encoder" in run.profile.variants else "sarm"
     values, strata = units(run, kind, benchmark)
     return _interval(values[:-1] - values[1:] if len(values) > 1 else values - values, strata, shares=False)
