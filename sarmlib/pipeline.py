@@ -64,6 +64,8 @@ from sarmlib.store import Artifact, Store, default_root, hash_json, hash_tree, w
 HELD_OUT = 4096  # activation vectors kept apart to evaluate an SAE on
 SAE_OF_VARIANT = {"sarm": "sentence_end", "token_sae": "every", "random_encoder": None}
 """Position rule of the SAE inside each variant that has an encoder; None: no SAE is trained for it."""
+NO_PAIRS = {"no_pairs": "layer", "no_pairs_whole": "n_layers"}
+"""Variants that are the decoder itself, and the entry of `Run.shape` that says how many of its layers are read."""
 BENCHMARKS = ("rewardbench2", "rm_bench")
 WORLD, RANK = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))  # of ``accelerate launch``
 
@@ -201,12 +203,12 @@ class Run:
     def scores(self, variant: str, seed: int) -> Artifact:
         """Both benchmarks scored by one model; features at the reward position where it has any.
 
-        Variant "no_pairs" is the decoder itself, read out by its vocabulary (`evaluation.readout`), for any seed.
+        Variants of `NO_PAIRS` are the decoder itself, read out by its vocabulary (`evaluation.readout`), for any seed.
         """
         settings: dict[str, Any] = {"max_length": self.profile.benchmarks.max_length}
-        if variant == "no_pairs":
-            settings |= {"layer": self.shape["layer"], "dtype": self.profile.dtype, "backbone": self.backbone_key}
-            return self._get(_make_no_pairs, (), settings, self.benchmarks())
+        if variant in NO_PAIRS:
+            settings |= {"dtype": self.profile.dtype, "backbone": self.backbone_key}
+            return self._get(_make_no_pairs, (self.shape[NO_PAIRS[variant]],), settings, self.benchmarks())
         return self._get(_make_scores, (variant, seed), settings, self.reward(variant, seed), self.benchmarks())
 
     def labels(self, seed: int) -> Artifact:
@@ -302,7 +304,7 @@ class Run:
             jobs["activations", rule] = [("preferences", seed) for seed in mixed]
             jobs |= {("sae", rule, seed): [("activations", rule)] for seed in seeds}
         if goal != "sae":
-            jobs["scores", "no_pairs", self.profile.seed] = [("benchmarks",)]
+            jobs |= {("scores", variant, self.profile.seed): [("benchmarks",)] for variant in NO_PAIRS}
             for variant, seed in itertools.product(sorted(variants, key=lambda v: v in SAE_OF_VARIANT), seeds):
                 rule = SAE_OF_VARIANT.get(variant)
                 jobs["scores", variant, seed] = [("preferences", seed)] + ([("sae", rule, seed)] if rule else [])
@@ -606,12 +608,12 @@ def _make_scores(run, variant: str, seed: int, folder: Path) -> dict:
     return {"max_length": spec.max_length}
 
 
-def _make_no_pairs(run, folder: Path) -> dict:
+def _make_no_pairs(run, layer: int, folder: Path) -> dict:
     spec, path, rows = run.profile.benchmarks, run.backbone_path, run.benchmark_rows()
-    config = cut_config(from_hub(AutoConfig, path, **run.hub), run.shape["layer"])
-    whole, _ = weights_from_hub(AutoModelForCausalLM, path, config=config, **run.hub)  # up to layer l, and the head
+    config = cut_config(from_hub(AutoConfig, path, **run.hub), layer)
+    whole, _ = weights_from_hub(AutoModelForCausalLM, path, config=config, **run.hub)  # up to that layer, and the head
     unembedding = whole.get_output_embeddings().weight.detach().float().numpy()
-    model = ScalarRewardModel.from_backbone(load_backbone(whole, run.shape["layer"], keep_final_norm=True))
+    model = ScalarRewardModel.from_backbone(load_backbone(whole, layer, keep_final_norm=True))
     model = model.to(run.device, getattr(torch, run.profile.dtype))
     found = {name: score_rows(model, run.tokenizer, part, max_length=spec.max_length, batch_tokens=spec.batch_tokens,
                               states=True, progress=run.progress)[1] for name, part in rows.items() if part}

@@ -23,7 +23,7 @@ from sarmlib.evaluation.statistics import Interval, auroc, bootstrap_ci, seeds_a
 from sarmlib.hub import check_access, hub_folder
 from sarmlib.interpretation.ground_truth import match_concepts, shuffled_concepts
 from sarmlib.interpretation.judges import MIN_POSITIVES, KeywordJudge
-from sarmlib.pipeline import SAE_OF_VARIANT, Run, conversations, train_reward
+from sarmlib.pipeline import NO_PAIRS, SAE_OF_VARIANT, Run, conversations, train_reward
 from sarmlib.plan import sizes
 from sarmlib.sae.quality import evaluate_sae
 from sarmlib.sae.topk import TopKSAE
@@ -34,7 +34,7 @@ from sarmlib.sarm.released import save_official
 
 VARIANT_NAMES = {"sarm": "SARM", "token_sae": "token-level SAE", "random_encoder": "random encoder",
                  "scalar_half": "scalar, half depth", "scalar_full": "scalar, full depth",
-                 "no_pairs": "decoder, no pairs"}
+                 "no_pairs": "decoder, no pairs", "no_pairs_whole": "whole decoder, no pairs"}
 POSITION_NAMES = {"sentence_end": "sentence ends", "every": "all tokens"}
 
 
@@ -449,7 +449,7 @@ def score_table(run: Run) -> pd.DataFrame:
 
 def _models(run: Run) -> list[str]:
     """The variants, and below them the decoder without a preference pair: what any of them has to beat."""
-    return [*run.profile.variants, "no_pairs"]
+    return [*run.profile.variants, *NO_PAIRS]
 
 
 def _present(run: Run) -> list[str]:
@@ -521,11 +521,8 @@ def difference(run: Run, a: str, b: str, benchmark: str = "rewardbench2", blind:
 
 
 def null_difference(run: Run, benchmark: str = "rewardbench2") -> Interval:
-    """The same between models of one kind and those of the next seed, where there is nothing to find: the control.
-
-    The last seed is not set against the first, which would make the mean zero by construction; a single seed is set
-    against itself.
-    """
+    """The same between models of one kind and those of the next seed, where there is nothing to find: the control.  The
+    last is not set against the first (the mean would be zero by construction); a single one is set against itself."""
     kind = "random_encoder" if "random_encoder" in run.profile.variants else "sarm"
     values, strata = units(run, kind, benchmark)
     return _interval(values[:-1] - values[1:] if len(values) > 1 else values - values, strata, shares=False)

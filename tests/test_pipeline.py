@@ -17,7 +17,7 @@ from sarmlib import pipeline
 from sarmlib.data.toyworld import datasets
 from sarmlib.errors import ConfigError, DataError, NotMadeError
 from sarmlib.evaluation.scorer import score
-from sarmlib.pipeline import Run
+from sarmlib.pipeline import NO_PAIRS, Run
 from sarmlib.profiles import VARIANTS, load_profile
 from sarmlib.sae import training
 from sarmlib.store import Artifact, hash_file
@@ -219,8 +219,9 @@ def test_plan_puts_every_job_after_those_it_waits_for(backbone, tmp_path):
     jobs = run.plan("labels")
     order = list(jobs)
     assert all(order.index(before) < order.index(job) for job, waits in jobs.items() for before in waits)
-    assert len(jobs) == 1 + 2 + 2 * (1 + 2) + 1 + 5 * 2 + 2
-    assert jobs["scores", "no_pairs", run.profile.seed] == [("benchmarks",)]  # the decoder itself, once
+    assert len(jobs) == 1 + 2 + 2 * (1 + 2) + 2 + 5 * 2 + 2
+    for variant in NO_PAIRS:  # the decoder itself, once
+        assert jobs["scores", variant, run.profile.seed] == [("benchmarks",)]
     assert jobs["sae", "every", 2] == [("activations", "every")] and jobs["labels", 2] == [("scores", "sarm", 2)]
     assert jobs["scores", "sarm", 1] == [("preferences", 1), ("sae", "sentence_end", 1)]
     assert {name for name, *_ in run.plan("sae")} == {"benchmarks", "preferences", "activations", "sae"}
@@ -234,7 +235,7 @@ def test_plan_puts_every_job_after_those_it_waits_for(backbone, tmp_path):
 def test_a_variant_that_the_profile_lacks_is_never_trained(backbone, variant):
     run = Run(miniature(backbone, variants=[variant]), progress=False)
     extracted = ["activations", "sae"] if variant == "sarm" else []
-    stages = ["benchmarks", "preferences", *extracted, "scores", "scores"]  # those of the decoder itself are the first
+    stages = ["benchmarks", "preferences", *extracted, *["scores"] * 3]  # those of the decoder itself are the first two
     assert [name for name, *_ in run.plan("scores")] == stages
     for absent in set(VARIANTS) - {variant}:
         with pytest.raises(ConfigError, match=f"has no variant '{absent}'"):
@@ -311,7 +312,7 @@ def test_a_folder_of_your_own_runs_end_to_end(beside, folder):
 
 def test_ensure_in_processes_equals_this_process(beside, folder, tmp_path):
     run, table = beside
-    assert (table.made == table.jobs).all() and table.jobs["scores"] == 2 and table["job seconds"].dtype == int
+    assert (table.made == table.jobs).all() and table.jobs["scores"] == 3 and table["job seconds"].dtype == int
     here = local_run(folder, tmp_path)
     one, other = here.scores("sarm", 0), run.scores("sarm", 0)
     assert one.key == other.key and one.fresh and not other.fresh

@@ -13,7 +13,7 @@ from sarmlib import figures, results
 from sarmlib.errors import DataError
 from sarmlib.evaluation import rewardbench2, rm_bench
 from sarmlib.evaluation.statistics import auroc, verdict
-from sarmlib.pipeline import Run, Scored
+from sarmlib.pipeline import NO_PAIRS, Run, Scored
 from sarmlib.sarm.steering import matched_difference, summarise_shift
 from tests.helpers import shared_path
 from tests.miniature import miniature, save_backbone
@@ -55,7 +55,7 @@ SCORE = np.mean([(1 / 2 + 1.5 / 3) / 2, (1 + 2 / 3) / 2])
 def hand_made(**variants):
     """A run of two seeds whose RewardBench 2 rows are given by hand."""
     seeds = tuple(range(len(next(iter(variants.values())))))
-    rows = {"no_pairs": B * len(seeds), **variants}
+    rows = {**dict.fromkeys(NO_PAIRS, B * len(seeds)), **variants}
     return SimpleNamespace(profile=SimpleNamespace(seeds=seeds, seed=0, variants=tuple(variants)),
                            scored=lambda variant, seed: Scored(rows[variant][seed], [], pd.DataFrame(), None),
                            benchmark_rows=lambda: {"rewardbench2": A[0], "rm_bench": []})
@@ -79,7 +79,7 @@ def test_the_blind_control_gets_what_guessing_gets():
     stub, chance = hand_made(sarm=A, token_sae=B), ((1 / 3 + 1 / 3) / 2 + 1 / 2) / 2  # one of three, one of two
     assert results.difference(stub, "sarm", "token_sae", blind=True).estimate == pytest.approx(chance)
     table = results.against_chance(stub).set_index("variant")
-    assert table.chance.tolist() == pytest.approx([100 * chance] * 3)
+    assert table.chance.tolist() == pytest.approx([100 * chance] * 4)
     assert table.verdict["token-level SAE"] == "not told from chance" and table.high.le(100).all()  # of five prompts
 
 
@@ -126,7 +126,7 @@ def test_the_share_of_the_reward_under_reliable_labels(run, monkeypatch):
 
 def test_tables_hold_every_variant(run):
     table = results.variant_table(run)
-    assert table.variant.tolist() == ["SARM", "scalar, full depth", "decoder, no pairs"]
+    assert table.variant.tolist() == ["SARM", "scalar, full depth", "decoder, no pairs", "whole decoder, no pairs"]
     assert np.isnan(table.pairs[2]) and table.rewardbench2[2] > 0  # it never saw a pair
     accuracies = [run.reward("sarm", seed).meta["eval_accuracy"] for seed in SEEDS]
     row = table.set_index("variant").loc["SARM"]

@@ -23,7 +23,7 @@ from sarmlib.claims import verdicts
 from sarmlib.errors import NotMadeError
 from sarmlib.evaluation import rewardbench2, rm_bench
 from sarmlib.evaluation.statistics import bootstrap_ci
-from sarmlib.pipeline import BENCHMARKS, Run
+from sarmlib.pipeline import BENCHMARKS, NO_PAIRS, Run
 from sarmlib.runner import clean
 from sarmlib.store import MANIFEST, versions, write_atomic, write_json
 
@@ -67,7 +67,8 @@ def benchmark_rows(run: Run, variant: str, seed: int) -> list[dict]:
 
 def score_table(run: Run) -> pd.DataFrame:
     """One row per variant, seed, benchmark and part."""
-    models = [*itertools.product(run.profile.variants, run.profile.seeds), ("no_pairs", run.profile.seed)]
+    models = [*itertools.product(run.profile.variants, run.profile.seeds),
+              *((name, run.profile.seed) for name in NO_PAIRS)]
     rows = [{"variant": variant, "seed": seed, **row} for variant, seed in models
             for row in pair_rows(run, variant, seed) + benchmark_rows(run, variant, seed)]
     columns = ["variant", "seed", "benchmark", "part", "value", "low", "high", "n", "chance"]
