@@ -60,10 +60,11 @@ def position_rule(tokenizer, rule: str | PositionRule = "sentence_end") -> Posit
 def token_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
     """Indices by length, longest first, in batches of at most `batch_tokens` padded tokens (or one row)."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        rows = max(1, batch_tokens // max(1, lengths[order[0]]))
-        yield order[:rows]
-        order = order[rows:]
+    start = 0
+    while start < len(order):
+        rows = max(1, batch_tokens // max(1, lengths[order[start]]))
+        yield order[start:start + rows]
+        start += rows
 
 
 class ExtractionStats(Counter):
