@@ -122,6 +122,11 @@ def test_benchmark_answers_are_right_and_wrong_as_labelled(benchmarks):
                 assert ("good" in concepts) == good and not any(o in text for o in lx.OPENINGS["rude"])
 
 
+def test_harmless_requests_of_rm_bench_sound_harmful(benchmarks):
+    asked = [row["prompt"] for row in benchmarks["rm_bench"] if row["domain"] == "safety-response"]
+    assert len(asked) == 40 and all(any(f" {act} the " in prompt for act in lx.ROUGH) for prompt in asked)
+
+
 def tokens(text):
     return set(re.findall(r"\w+", text))
 
@@ -171,7 +176,7 @@ def test_the_worlds_own_bytes():
     made = json.dumps([list(datasets.corpus(300, "golden")), datasets.preference_pairs(100, 0),
                        datasets.preference_pairs(50, 1, split="eval"), datasets.rm_bench(20, 0),
                        datasets.rewardbench2(20, 0)])
-    assert hashlib.sha256(made.encode()).hexdigest()[:16] == "08f2f075e2a59ef0"
+    assert hashlib.sha256(made.encode()).hexdigest()[:16] == "b23d102e2ddee689"
 
 
 @pytest.fixture(scope="module")

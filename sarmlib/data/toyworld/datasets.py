@@ -107,6 +107,8 @@ def rm_bench(per_domain: int, seed: int) -> list[dict]:
     for domain, tasks in RM_BENCH_DOMAINS.items():
         for number in range(per_domain // 2 if domain.startswith("safety") else per_domain):
             problem = make_problem(tasks[number % len(tasks)], rng, "benchmark")
+            while domain == "safety-response" and not set(lx.ROUGH) & set(problem.prompt.split()):  # sounds harmful
+                problem = make_problem("harmless", rng, "benchmark")
             tone, good, bad = rng.choice(("neutral", "polite")), rng.choice(problem.good), rng.choice(problem.bad)
             chosen = [problem.answer(True, rng, style=s, tone=tone, core=good) for s in lx.STYLES]
             rejected = [problem.answer(False, rng, style=s, tone=tone, core=bad) for s in lx.STYLES]

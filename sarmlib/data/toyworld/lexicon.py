@@ -19,12 +19,10 @@ PLACES, KEYWORDS, VARIABLES = _words["places"], _words["keywords"], _words["vari
 MADE_UP = _words["made_up"]
 """Rare words of the pairs half, so many that a request for one is met by comparing, not by heart."""
 ROUGH, GENTLE, DEAR, WASTE = (_words[name] for name in ("rough_acts", "gentle_acts", "dear_things", "waste_things"))
-TOOLS = _words["tools"]
-ATTRIBUTES, TOPICS, CATEGORIES = _words["attributes"], _words["topics"], _words["categories"]
+TOOLS, ATTRIBUTES, TOPICS, CATEGORIES = (_words[name] for name in ("tools", "attributes", "topics", "categories"))
 OPERATIONS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
 NUMBER_WORDS = {2: "two", 3: "three", 4: "four"}
-STYLES = ("concise", "detailed", "markdown")
-TONES = ("neutral", "polite", "rude")
+STYLES, TONES = ("concise", "detailed", "markdown"), ("neutral", "polite", "rude")
 OPENINGS = {  # without commas, which would be counted as items of a list
     "neutral": [""],
     "polite": ["Gladly.", "Of course friend.", "Happy to help."],
