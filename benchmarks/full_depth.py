@@ -41,7 +41,7 @@ def main() -> None:
     made = run.reward(VARIANT, seed)
     spec = run.profile.benchmarks
     groups, _ = score_rows(run.load_reward(VARIANT, seed), run.tokenizer, rows, max_length=spec.max_length,
-                           batch_tokens=spec.batch_tokens, progress=True)
+                           progress=True)
     full = credits([{**row, "scores": group} for row, group in zip(rows, groups, strict=True)])
     found = {"variant": VARIANT, "seed": seed, "held_out_pairs": made.meta["eval_accuracy"],
              "rewardbench2": bootstrap_ci(full)._asdict()}

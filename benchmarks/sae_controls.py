@@ -40,7 +40,7 @@ def work(run: pipeline.Run, variant: str, seed: int) -> dict:
             Path(folder) / "model", dtype=getattr(torch, spec.dtype)).eval()
     rows = run.benchmark_rows()["rewardbench2"]
     groups, _ = score_rows(model, run.tokenizer, rows, max_length=spec.benchmarks.max_length,
-                           batch_tokens=spec.benchmarks.batch_tokens, progress=True)
+                           progress=True)
     return {"pairs": [metrics["eval_accuracy"]], "rewardbench2": units_of(rows, groups),
             "fvu": quality["fvu"], "dead": quality["dead_fraction"]}
 

@@ -166,7 +166,7 @@ class Run:
     def benchmarks(self) -> Artifact:
         """The rows of both benchmarks as they are scored."""
         spec = self.profile.benchmarks
-        settings = {**spec.model_dump(exclude={"max_length", "batch_tokens"}), "seed": self.profile.seed,
+        settings = {**spec.model_dump(exclude={"max_length"}), "seed": self.profile.seed,
                     "data": [self.fingerprint(getattr(spec, name), name) for name in BENCHMARKS]}
         return self._get(_make_benchmarks, (), settings)
 
@@ -597,9 +597,8 @@ def _make_reward(run, variant: str, seed: int, folder: Path) -> dict:
 def _make_scores(run, variant: str, seed: int, folder: Path) -> dict:
     spec, encodes = run.profile.benchmarks, variant in SAE_OF_VARIANT
     model = run.load_reward(variant, seed).to(run.device)
-    found = [score_rows(model, run.tokenizer, rows, max_length=spec.max_length, batch_tokens=spec.batch_tokens,
-                        features=encodes, progress=run.progress)[1]
-             for rows in run.benchmark_rows().values() if rows]
+    found = [score_rows(model, run.tokenizer, rows, max_length=spec.max_length, features=encodes,
+                        progress=run.progress)[1] for rows in run.benchmark_rows().values() if rows]
     arrays = {name: np.concatenate([getattr(one, name) for one in found]) for name in ("rewards", "lengths")}
     if encodes:
         z = vstack([one.features for one in found], format="csr")
@@ -615,8 +614,8 @@ def _make_no_pairs(run, layer: int, folder: Path) -> dict:
     unembedding = whole.get_output_embeddings().weight.detach().float().numpy()
     model = ScalarRewardModel.from_backbone(load_backbone(whole, layer, keep_final_norm=True))
     model = model.to(run.device, getattr(torch, run.profile.dtype))
-    found = {name: score_rows(model, run.tokenizer, part, max_length=spec.max_length, batch_tokens=spec.batch_tokens,
-                              states=True, progress=run.progress)[1] for name, part in rows.items() if part}
+    found = {name: score_rows(model, run.tokenizer, part, max_length=spec.max_length, states=True,
+                              progress=run.progress)[1] for name, part in rows.items() if part}
     states = np.concatenate([one.states for one in found.values()])
     rewards, meta = np.zeros(len(states)), {}
     if rows["rm_bench"]:

@@ -1,11 +1,13 @@
 """What a profile will cost, before anything is downloaded: arithmetic on shapes, not a measurement."""
 
+import json
 import math
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
+from sarmlib.data.toyworld import BACKBONE_DIR
 from sarmlib.errors import ConfigError
 from sarmlib.hub import from_hub
 from sarmlib.profiles import Profile
@@ -15,8 +17,10 @@ LLAMA_8B = {"vocab_size": 128256, "head_dim": 128, "num_key_value_heads": 8, "hi
             "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
 LLAMA_3B = {**LLAMA_8B, "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 28,
             "num_attention_heads": 24, "tie_word_embeddings": True}
+QWEN = {"vocab_size": 151936, "head_dim": 64, "num_key_value_heads": 2, "hidden_size": 896, "qkv_biases": 18 * 64,
+        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "tie_word_embeddings": True}
 SHAPES = {"meta-llama/Llama-3.2-3B-Instruct": LLAMA_3B, "meta-llama/Llama-3.1-8B-Instruct": LLAMA_8B,
-          "Schrieffer/Llama-SARM-4B": {**LLAMA_8B, "num_hidden_layers": 16}}
+          "Schrieffer/Llama-SARM-4B": {**LLAMA_8B, "num_hidden_layers": 16}, "Qwen/Qwen2.5-0.5B-Instruct": QWEN}
 """Published shapes (config.json of each model on the hub), so that a plan needs no network."""
 HARDWARE = {"h100": (989, 80), "h200": (989, 141), "a100": (312, 80), "l4": (121, 24), "rtx4090": (165, 24),
             "t4": (65, 16)}
@@ -25,6 +29,7 @@ SHARE = 0.4  # of the peak rate, which the hours assume (``benchmarks/gpu.py`` m
 VECTOR_TOKENS = 20  # "50M sequences (approximately 1B tokens)"
 PAIRS, PAIR_TOKENS = 77_000, 1200  # assumed of Skywork: pairs, and tokens of a pair's two conversations
 BENCHMARK_TOKENS = (1865 * 4 + 1327 * 6) * 450  # texts of both benchmarks, and an assumed length
+BATCH_TOKENS = 32_768  # padded tokens of a forward pass that scores
 BUFFER = 65_536  # vectors that SAE training mixes when they come as a stream
 
 
@@ -48,7 +53,6 @@ def backbone_path(profile: Profile) -> str:
     """Folder, GGUF file or hub id of a profile's decoder; ConfigError for one below models/ that is not made."""
     source = profile.backbone.source
     if source == "toy":
-        from sarmlib.data.toyworld import BACKBONE_DIR
         return str(BACKBONE_DIR)
     if source == "data":
         return str(profile.folder("backbone"))
@@ -61,19 +65,35 @@ def backbone_path(profile: Profile) -> str:
 
 
 def sizes(profile: Profile) -> Sizes:
-    """Count the profile's SARM from its backbone's config (published shapes first), without allocating it."""
+    """Count the profile's SARM: a known Llama by its shape, another decoder by building it without memory."""
+    source, layer = backbone_path(profile), profile.backbone.layer
+    toy = {str(BACKBONE_DIR): json.loads((BACKBONE_DIR / "config.json").read_text())}
+    known = (SHAPES | toy).get(source)
+    if known and (layer or 1) <= known["num_hidden_layers"]:
+        d, depth = known["hidden_size"], known["num_hidden_layers"]
+        layer = layer or depth // 2
+        heads = 2 * known["head_dim"] * (known["num_attention_heads"] + known["num_key_value_heads"])
+        embeddings = known["vocab_size"] * d
+        each = d * (heads + 3 * known["intermediate_size"] + 2) + known.get("qkv_biases", 0)  # 2: the norms
+        layers = layer * each + d
+    else:
+        embeddings, layers, d, layer, depth = _built(source, layer, profile.backbone.revision)
+    m = profile.sae.n_features(d)
+    return Sizes(embeddings, layers, m * d, d, m, layer, depth)
+
+
+def _built(source: str, layer: int | None, revision: str | None) -> tuple[int, int, int, int, int]:
+    """(Parameters of the embeddings and of the layers, d, layer, depth); the imports cost seconds."""
     import torch
     from transformers import AutoConfig, AutoModel, LlamaConfig
 
     from sarmlib.backbone import cut_config, n_layers
-    source, revision = backbone_path(profile), profile.backbone.revision
     config = LlamaConfig(**SHAPES[source]) if source in SHAPES else from_hub(AutoConfig, source, revision=revision)
-    cut = cut_config(config, profile.backbone.layer)
+    cut = cut_config(config, layer)
     with torch.device("meta"):
         model = AutoModel.from_config(cut)
-    embeddings, d = model.get_input_embeddings().weight.numel(), cut.hidden_size
-    m = profile.sae.n_features(d)
-    return Sizes(embeddings, model.num_parameters() - embeddings, m * d, d, m, n_layers(cut), n_layers(config))
+    embeddings = model.get_input_embeddings().weight.numel()
+    return embeddings, model.num_parameters() - embeddings, cut.hidden_size, n_layers(cut), n_layers(config)
 
 
 def plan(profile: Profile, hardware: str = "h100", devices: int = 1) -> pd.DataFrame:
@@ -94,7 +114,7 @@ def plan(profile: Profile, hardware: str = "h100", devices: int = 1) -> pd.DataF
     if models:
         stages.append(_reward_stage(profile, one, models, devices, half))
     weights, tokens = (one.total + one.encoder) * half, BENCHMARK_TOKENS * max(1, models)
-    memory = weights + profile.benchmarks.batch_tokens * one.d * 40e-9
+    memory = weights + BATCH_TOKENS * one.d * 40e-9
     stages.append(("scores", tokens, 2 * one.layers * tokens, memory, weights, 0.2))
     table = pd.DataFrame(stages, columns=["stage", "tokens", "hours", "device_gb", "host_gb", "disk_gb"])
     table["hours"] /= HARDWARE[hardware][0] * 1e12 * SHARE * devices * 3600  # were FLOP

@@ -160,7 +160,6 @@ class Benchmarks(Settings):
     rm_bench_revision: str | None = None
     items_per_subset: Count | Parts | None = None  # or per domain; {code: 60}: of this one; None = all
     max_length: Count = 2048  # tokens per conversation, as both official scorers
-    batch_tokens: Count = 16384  # padded tokens per forward pass
 
 
 class Interpretation(Settings):

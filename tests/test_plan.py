@@ -1,10 +1,13 @@
 """Plans are arithmetic on shapes: the paper's sizes come out, and costs move as they must."""
 
+import json
+
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModel, LlamaConfig, Qwen2Config
 
 from sarmlib.backbone import cut_config
+from sarmlib.data.toyworld import BACKBONE_DIR
 from sarmlib.errors import ConfigError
 from sarmlib.plan import SHAPES, backbone_path, lines, plan, sizes
 from sarmlib.profiles import load_profile
@@ -17,6 +20,18 @@ def test_the_papers_sizes_are_counted_and_other_depths_would_not_give_them(name,
     assert round(sizes(load_profile(name)).total / 1e9, 1) == billions  # Table 1
     deeper = sizes(load_profile(name, **{"backbone.layer": other}))
     assert round(deeper.total / 1e9, 1) not in (2.0, 2.7, 4.3)
+
+
+@pytest.mark.parametrize("name", ["toy", "gpu", "paper-3b", "paper-4b"])
+def test_a_known_shape_is_counted_as_the_decoder_that_is_built(name):
+    profile = load_profile(name)
+    shape = SHAPES.get(backbone_path(profile)) or json.loads((BACKBONE_DIR / "config.json").read_text())
+    kind = Qwen2Config if "qkv_biases" in shape else LlamaConfig
+    with torch.device("meta"):
+        decoder = AutoModel.from_config(cut_config(kind(**shape), profile.backbone.layer))
+    assert decoder.num_parameters() == sizes(profile).embeddings + sizes(profile).layers
+    with pytest.raises(ConfigError, match="layer=99 is not in"):
+        sizes(load_profile(name, **{"backbone.layer": 99}))
 
 
 def test_costs_scale_as_they_must():

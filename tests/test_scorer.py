@@ -254,7 +254,7 @@ def by_hand(model, tokenizer, prompt: str, answer: str, side: str, max_length: i
 @pytest.mark.parametrize("own_side", ["left", "right"])
 @pytest.mark.parametrize("make", [classifier, tiny_sarm])
 def test_scores_are_those_of_the_official_loop(tmp_path, own_side, make, forwards, monkeypatch):
-    monkeypatch.setattr(S, "_fitting_batch", lambda model: 200)
+    monkeypatch.setattr(S, "ON_CPU", 200)
     tiny = prepared(make(), bos_tokenizer(), "tiny")
     tiny.tokenizer.truncation_side = own_side
     rows = {"rewardbench2": rb2(), "rm_bench": rm()}
@@ -271,7 +271,7 @@ def test_scores_are_those_of_the_official_loop(tmp_path, own_side, make, forward
 
 def test_a_killed_run_goes_on_and_a_torn_line_is_dropped(tmp_path, tiny, monkeypatch):
     rows = {"rewardbench2": rb2(8)}
-    monkeypatch.setattr(S, "_fitting_batch", lambda model: 100)
+    monkeypatch.setattr(S, "ON_CPU", 100)
     whole = evaluate(tiny, rows, tmp_path / "whole")
     calls, real = [], S._shared
 
