@@ -52,14 +52,14 @@ reproduce: $(STAMP)  ## run the whole paper: PROFILE=toy (default), or PROFILE=l
 test: $(STAMP)  ## lint, types, unit tests, and every notebook re-executed and compared with its committed output
 	$(PY) -m ruff check .
 	$(PY) -m mypy --no-error-summary
-	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow" tests
+	$(PY) -m pytest -q -n 2 --dist loadfile -m "not slow"
 	@runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && \
 	if ls notebooks/*.ipynb >/dev/null 2>&1; then \
 	  SARMLIB_RUNS="$$runs" $(PY) -m pytest -q -p no:cacheprovider --nbval --nbval-current-env --nbval-cell-timeout=600 notebooks; \
 	else echo "no notebooks yet"; fi
 
 test-slow: $(STAMP)  ## the slow tests: a run that is killed goes on, a wheel reproduces without a checkout
-	$(PY) -m pytest -q -m slow tests
+	$(PY) -m pytest -q -m slow
 
 notebooks: $(STAMP)  ## refresh the committed notebook outputs (toy profile)
 	$(PY) -m sarmlib notebooks

@@ -14,8 +14,8 @@ from transformers import AutoModel, LlamaConfig
 from sarmlib.backbone import cut_config, load_tokenizer, strip_final_norm
 from sarmlib.chat import collate, reward_position
 from sarmlib.data.text import iter_texts
+from sarmlib.data.toyworld import BACKBONE_DIR
 from sarmlib.data.toyworld.datasets import corpus as toy_corpus
-from sarmlib.data.toyworld.tokenizer import build_tokenizer
 from sarmlib.extractor import ActivationExtractor, position_rule
 
 
@@ -95,7 +95,7 @@ def main() -> None:
     parser.add_argument("--tokenizer", help="folder of a tokenizer (default: the generated world's)")
     parser.add_argument("--rows", type=int, nargs="+", default=[32], help="sentences per batch of the row-wise forms")
     args = parser.parse_args()
-    tokenizer = load_tokenizer(args.tokenizer) if args.tokenizer else build_tokenizer(4000)
+    tokenizer = load_tokenizer(args.tokenizer or BACKBONE_DIR)
     texts = iter_texts(args.corpus) if args.corpus else toy_corpus(args.documents, 0)
     documents = [tokenizer(text, truncation=True, max_length=512)["input_ids"]
                  for text in islice(texts, args.documents)]

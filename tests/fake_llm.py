@@ -1,5 +1,6 @@
 """A chat server on this machine that behaves as badly as real ones do, and remembers what it was asked."""
 
+import contextlib
 import hashlib
 import json
 import threading
@@ -10,7 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 KINDS = ("slow", "429", "500", "malformed", "empty", "cut", "drip")
 
 
-class FakeLLM:
+class FakeLLM(ThreadingHTTPServer):
     """``with FakeLLM(...) as server: server.url``.
 
     trouble: kinds of failure, each met by the first attempt at some questions (which, depends on the question alone);
@@ -21,89 +22,73 @@ class FakeLLM:
 
     def __init__(self, trouble=(), answer=None, always: int | None = None, delay: float = 0.0, new: bool = False,
                  usage={"prompt_tokens": 10, "completion_tokens": 5}):  # noqa: B006
+        super().__init__(("127.0.0.1", 0), Handler)
         self.trouble, self.always, self.delay, self.new, self.usage = tuple(trouble), always, delay, new, usage
         self.answer = answer or (lambda messages: f"answer to {messages[-1]['content'][:40]}")
         self.asked, self.answered, self.keys, self.lock = Counter(), Counter(), set(), threading.Lock()
         self.active = self.most = 0
-        owner = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *args):
-                pass
-
-            def do_POST(self):
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                with owner.lock:
-                    owner.active += 1
-                    owner.most = max(owner.most, owner.active)
-                try:
-                    owner.handle(self, body)
-                except (BrokenPipeError, ConnectionResetError):
-                    pass
-                finally:
-                    with owner.lock:
-                        owner.active -= 1
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}/v1"
+        self.url = f"http://127.0.0.1:{self.server_address[1]}/v1"
 
     def __enter__(self):
-        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
         return self
 
     def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+        self.shutdown()
+        self.server_close()
 
-    def handle(self, request, body: dict) -> None:
-        question = json.dumps(body["messages"])
-        number = int(hashlib.sha256(question.encode()).hexdigest(), 16)
-        with self.lock:
-            self.keys.add(request.headers.get("Authorization"))
-            self.asked[question] += 1
-            first = self.asked[question] == 1
-        time.sleep(self.delay)
-        if self.always:
-            said = f"no, {request.headers.get('Authorization')}"
-            return self.send(request, self.always, {"error": {"message": said}})
-        if self.new and "max_tokens" in body:
-            return self.send(request, 400, {"error": {"message": "use max_completion_tokens"}})
-        kinds = [*self.trouble, *[None] * max(1, len(self.trouble))]  # half of the questions meet none
-        kind = kinds[number % len(kinds)] if first else None
-        if kind == "slow":
-            time.sleep(2.5)
-        elif kind in ("429", "500"):
-            return self.send(request, int(kind), {"error": "busy"}, {"Retry-After": "0"} if kind == "429" else {})
-        elif kind == "malformed":
-            return self.send(request, 200, b'{"choices": [{"mess')
-        elif kind == "empty":
-            return self.send(request, 200, {"choices": []})
-        elif kind == "cut":
-            return request.connection.close()
-        elif kind == "drip":  # a byte now and then
-            return self.drip(request)
-        text = self.answer(body["messages"])
-        reply = {"choices": [{"message": {"content": text}}], "usage": self.usage}
-        with self.lock:
-            self.answered[question] += 1
-        self.send(request, 200, reply)
 
-    @staticmethod
-    def send(request, status: int, body, headers=()):
+class Handler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def do_POST(self):
+        with self.server.lock:
+            self.server.active += 1
+            self.server.most = max(self.server.most, self.server.active)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.reply(self.server, json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        with self.server.lock:
+            self.server.active -= 1
+
+    def reply(self, server: FakeLLM, body: dict) -> None:
+        question, key = json.dumps(body["messages"]), self.headers.get("Authorization")
+        with server.lock:
+            server.keys.add(key)
+            server.asked[question] += 1
+            first = server.asked[question] == 1
+        time.sleep(server.delay)
+        if server.always:
+            return self.send(server.always, {"error": {"message": f"no, {key}"}})
+        if server.new and "max_tokens" in body:
+            return self.send(400, {"error": {"message": "use max_completion_tokens"}})
+        kinds = [*server.trouble, *[None] * max(1, len(server.trouble))]  # half of the questions meet none
+        kind = kinds[int(hashlib.sha256(question.encode()).hexdigest(), 16) % len(kinds)] if first else None
+        bad = {"429": (429, {"error": "busy"}, {"Retry-After": "0"}), "500": (500, {"error": "busy"}),
+               "malformed": (200, b'{"choices": [{"mess'), "empty": (200, {"choices": []})}
+        if kind in bad:
+            return self.send(*bad[kind])
+        if kind == "cut":
+            return self.connection.close()
+        if kind == "drip":
+            return self.drip()
+        time.sleep(2.5 * (kind == "slow"))
+        text = server.answer(body["messages"])
+        with server.lock:
+            server.answered[question] += 1
+        self.send(200, {"choices": [{"message": {"content": text}}], "usage": server.usage})
+
+    def send(self, status: int, body, headers=()):
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        request.send_response(status)
+        self.send_response(status)
         for name, value in {"Content-Length": str(len(data)), **dict(headers)}.items():
-            request.send_header(name, value)
-        request.end_headers()
-        request.wfile.write(data)
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(data)
 
-    @staticmethod
-    def drip(request) -> None:
-        request.send_response(200)
-        request.send_header("Content-Length", "1000")
-        request.end_headers()
+    def drip(self) -> None:
+        """A byte now and then."""
+        self.send(200, b"", {"Content-Length": "1000"})
         for _ in range(40):
-            request.wfile.write(b" ")
-            request.wfile.flush()
+            self.wfile.write(b" ")
             time.sleep(0.1)

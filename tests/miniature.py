@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from sarmlib.data.toyworld.tokenizer import build_tokenizer
+from sarmlib.backbone import load_tokenizer
+from sarmlib.data.toyworld import BACKBONE_DIR
 from sarmlib.profiles import Profile, load_profile
 
 SMALL = {
@@ -17,7 +18,7 @@ SMALL = {
 
 def save_backbone(folder: Path, seed: int = 0) -> Path:
     """A random Llama (3 layers, d = 16) with the toy world's tokenizer, as save_pretrained writes them."""
-    tokenizer = build_tokenizer(4000)
+    tokenizer = load_tokenizer(BACKBONE_DIR)
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2,

@@ -50,15 +50,9 @@ def planted_world(seed=0, n_prompts=240, n_features=80):
 
 
 @cache
-def planted_contexts():
-    """The contexts of `planted_world`; shared, so not to be changed."""
-    return Contexts(*planted_world()[:3])
-
-
-@cache
 def planted_explainer():
-    """Its keyword explainer."""
-    return KeywordExplainer(planted_contexts())
+    """The keyword explainer of `planted_world`, with its contexts; shared, so not to be changed."""
+    return KeywordExplainer(Contexts(*planted_world()[:3]))
 
 
 def contexts_of(z, index):

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForCausalLM
 
 from sarmlib.backbone import check_positions, cut_config, load_backbone, n_layers, strip_final_norm
 from sarmlib.errors import ConfigError, DataError, ModelError
@@ -16,59 +16,46 @@ from tests.tiny import tiny_tokenizer
 
 
 def tiny_model(family: str):
-    """Random full-depth decoder whose final norm is far from the identity."""
+    """Random full-depth decoder with a head, whose final norm is far from the identity."""
     torch.manual_seed(0)
-    model = AutoModel.from_config(config_of(family, 8)).eval()
+    model = AutoModelForCausalLM.from_config(config_of(family, 8)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
 
+@torch.no_grad()
 @pytest.mark.parametrize("family", ["Llama", "Qwen2", "Mistral", "GPTNeoX", "Gemma2"])
-def test_cut_backbone_equals_hidden_states(family, tmp_path):
+@pytest.mark.parametrize("loaded", [False, True])
+def test_cut_backbone_equals_hidden_states(loaded, family, tmp_path):
     full = tiny_model(family)
     full.save_pretrained(tmp_path)
     input_ids = torch.randint(3, 64, (2, 20), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(input_ids)
     mask[1, 12:] = 0
-    with torch.no_grad():
-        states = full(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    states = full(input_ids, attention_mask=mask, output_hidden_states=True).hidden_states
+
+    def cut(layer, **settings):
+        backbone = load_backbone(full if loaded else tmp_path, layer, **settings)
+        hidden = backbone(input_ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        next(backbone.parameters()).zero_()  # a copy: a given model stays as it is
+        return hidden
+
     for layer in (1, 3):
-        cut = load_backbone(tmp_path, layer)
-        assert n_layers(cut.config) == layer
-        with torch.no_grad():
-            hidden = cut(input_ids, attention_mask=mask).last_hidden_state
-        assert torch.equal(hidden[mask.bool()], states[layer][mask.bool()])
-    last = load_backbone(tmp_path, 4)
-    raw = last(input_ids, attention_mask=mask).last_hidden_state
-    normed = load_backbone(tmp_path, 4, keep_final_norm=True)(input_ids, attention_mask=mask).last_hidden_state
-    assert torch.equal(normed[mask.bool()], states[4][mask.bool()])
-    assert (raw - normed)[mask.bool()].abs().max() > 0.1
-
-
-@pytest.mark.parametrize("keep_final_norm", [False, True])
-def test_a_loaded_model_with_a_head_is_cut_as_its_files_are(keep_final_norm, tmp_path):
-    torch.manual_seed(0)
-    full = transformers.LlamaForCausalLM(config_of("Llama"))
-    full.save_pretrained(tmp_path)
-    ids = torch.arange(12).view(2, 6)
-    with torch.no_grad():
-        from_files = load_backbone(tmp_path, 2, keep_final_norm=keep_final_norm)(ids).last_hidden_state
-        cut = load_backbone(full, 2, keep_final_norm=keep_final_norm)
-        assert torch.equal(cut(ids).last_hidden_state, from_files)
-        next(cut.parameters()).zero_()
-        assert next(full.parameters()).any()  # a copy: the given model stays as it is
+        assert torch.equal(cut(layer), states[layer][mask.bool()])
+    normed = cut(4, keep_final_norm=True)
+    assert torch.equal(normed, states[4][mask.bool()]) and (cut(4) - normed).abs().max() > 0.1
 
 
 def test_a_model_that_is_not_cut_is_refused_with_the_cure():
-    full, decoder = transformers.LlamaForCausalLM(config_of("Llama")), tiny_model("Llama")
+    full = tiny_model("Llama")
     for wrong, message in ((full, "LlamaForCausalLM has a head.*load_"),
-                           (decoder, "has its final norm; pass load_backbone")):
+                           (full.model, "has its final norm; pass load_backbone")):
         with pytest.raises(ModelError, match=message):
             SarmForSequenceClassification.from_backbone_and_sae(wrong, TopKSAE(32, 64, 4))
     with pytest.raises(ModelError, match="no final norm; pass load_backbone.*keep_final_norm=True"):
-        ScalarRewardModel.from_backbone(load_backbone(decoder, 2))
+        ScalarRewardModel.from_backbone(load_backbone(full, 2))
     with pytest.raises(ModelError, match="has a head"):
         ActivationExtractor(full, tiny_tokenizer())
 

@@ -58,45 +58,37 @@ def made():
 
 
 @pytest.fixture(scope="module")
-def folder(made, tmp_path_factory):
+def pages(made, tmp_path_factory):
     contexts, labels, judged = made
-    output = tmp_path_factory.mktemp("out") / "pages"
-    index = write_browser(output, contexts, labels, judged, n_pairs=6, provenance={"scores": "abc123"})
-    assert index == output / "index.html"
-    return output
+    index = write_browser(tmp_path_factory.mktemp("out") / "pages", contexts, labels, judged, n_pairs=6,
+                          provenance={"scores": "abc123"})
+    return {path.name: path.read_text() for path in index.parent.glob("*.html")}
 
 
-@pytest.fixture(scope="module")
-def pages(folder):
-    return {path.name: path.read_text() for path in folder.glob("*.html")}
+def write_with(made, output, texts):
+    """Pages with one of ``texts`` wherever a corpus, a label or a model may write."""
+    def one_of(number):
+        return texts[number % len(texts)]
 
-
-@pytest.fixture(scope="module")
-def hostile(made, tmp_path_factory):
-    """(folder of pages on a hostile corpus, folder of the same pages on a harmless one)"""
     contexts, labels, judged = made
-    folders = []
-    for name, texts in (("hostile", PAYLOADS), ("harmless", [f"text {i}" for i in range(len(PAYLOADS))])):
-        wrap = lambda i, texts=texts: texts[i % len(texts)]  # noqa: E731
-        index = contexts.index.copy()
-        index["text"] = [f"{wrap(i)} {text}" for i, text in enumerate(index["text"])]
-        index["prompt_text"] = [f"{wrap(int(p[1:]))} {p}" for p in index["prompt_id"]]
-        index["domain"] = index["domain"].map({d: wrap(5 + 4 * i) for i, d in enumerate(sorted(set(index["domain"])))})
-        marked = [replace(one, text=wrap(one.feature), evidence=tuple({**row, "term": wrap(one.feature + 3)}
-                                                                      for row in one.evidence)) for one in labels]
-        table = judged.assign(verdict=[wrap(i) for i in range(len(judged))])
-        folders.append(tmp_path_factory.mktemp("xss") / name)
-        wrapped = Contexts(contexts.z, index, contexts.w)
-        wrapped.split = contexts.split  # other prompts would be split otherwise
-        write_browser(folders[-1], wrapped, marked, table, n_pairs=40,
-                      provenance={"profile": wrap(0), wrap(1): wrap(2)})
-    return folders
+    index = contexts.index.copy()
+    index["text"] = [f"{one_of(i)} {text}" for i, text in enumerate(index["text"])]
+    index["prompt_text"] = [f"{one_of(int(p[1:]))} {p}" for p in index["prompt_id"]]
+    index["domain"] = index["domain"].map({d: one_of(5 + 4 * i) for i, d in enumerate(sorted(set(index["domain"])))})
+    marked = [replace(one, text=one_of(one.feature), evidence=tuple({**row, "term": one_of(one.feature + 3)}
+                                                                    for row in one.evidence)) for one in labels]
+    wrapped = Contexts(contexts.z, index, contexts.w)
+    wrapped.split = contexts.split  # other prompts would be split otherwise
+    write_browser(output, wrapped, marked, judged.assign(verdict=[one_of(i) for i in range(len(judged))]), n_pairs=40,
+                  provenance={"profile": one_of(0), one_of(1): one_of(2)})
 
 
-def test_no_element_comes_from_the_corpus(hostile):
+def test_no_element_comes_from_the_corpus(made, tmp_path):
     seen = ""
-    for path in sorted(hostile[0].glob("*.html")):
-        page, harmless = Page(path.read_text()), Page((hostile[1] / path.name).read_text())
+    write_with(made, tmp_path / "hostile", PAYLOADS)
+    write_with(made, tmp_path / "harmless", [f"text {i}" for i in range(len(PAYLOADS))])
+    for path in (tmp_path / "hostile").glob("*.html"):
+        page, harmless = Page(path.read_text()), Page((tmp_path / "harmless" / path.name).read_text())
         assert page.elements == harmless.elements, path.name  # the same corpus without payloads, element by element
         for name, value in page.attributes:
             assert not name.startswith("on") and name not in ("style", "src", "srcdoc", "action"), (path.name, name)
@@ -119,7 +111,7 @@ def test_the_policy_allows_one_style_sheet_and_nothing_else(pages):
         assert "url(" not in css and "@import" not in css and "<script" not in html and "http://" not in html
 
 
-def test_the_index_links_every_live_feature_and_every_link_leads_to_a_page(pages, folder, made):
+def test_the_index_links_every_live_feature_and_every_link_leads_to_a_page(pages, made):
     for html in pages.values():
         assert set(Page(html).links) <= set(pages)
     table = made[0].features().set_index("feature")
@@ -129,8 +121,6 @@ def test_the_index_links_every_live_feature_and_every_link_leads_to_a_page(pages
     marked = {int(i) for i in re.findall(r'<th scope="row"><a href="feature-(\d+)', pages["reliable.html"])}
     assert marked == set(made[2].feature[made[2].reliable]) and APPLE in marked
     assert pages["index.html"].count("✓ reliable") == len(marked) and "abc123" in pages["index.html"]
-    words = json.loads((folder / "labels.json").read_text())  # for the explain command
-    assert words == {str(one.feature): one.text for one in made[1] if not one.abstained}
 
 
 def test_a_page_shows_label_histogram_and_examples_before_numbers(pages, made):
@@ -179,7 +169,8 @@ def test_a_folder_is_replaced_only_when_it_was_written_here(made, tmp_path):
     with pytest.raises(DataError, match="no feature fires"):
         write_browser(target, contexts_of(made[0].z * 0, made[0].index))
     for _ in range(2):
-        write_browser(target, made[0], [Label(APPLE, "apples", kind="llm")], n_pairs=0)
+        write_browser(target, made[0], [Label(APPLE, "apples", kind="llm"), Label(SORRY, "", reason="none")], n_pairs=0)
+    assert json.loads((target / "labels.json").read_text()) == {str(APPLE): "apples"}  # for the explain command
     html = (target / f"feature-{APPLE}.html").read_text()
     assert "Label of a chat model." in html and "not judged" in html
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mine", "pages"]

@@ -12,26 +12,18 @@ from sarmlib.profiles import profile_names
 from tests.helpers import ROOT, shared_path
 
 
-def claim(number, title, notebook, direction, threshold, kind, lo, hi):
-    return f"""
-[[claim]]
-id = "C{number}"
-title = "{title}"
-notebook = "{notebook}"
-direction = "{direction}"
-threshold = {threshold}
-kind = "{kind}"
-sentence = "s"
-where = "w"
-quantity = "q"
-paper_value = 0.1
-band.toy = {{ lo = {lo}, hi = {hi}, seeds = 5, date = "2026-01-01" }}
-"""
+def claim(lo, hi, **fields):
+    """One entry of the file; TOML writes texts and numbers as JSON does."""
+    entry = {**fields, "sentence": "s", "where": "w", "quantity": "q", "paper_value": 0.1}
+    written = [f"{name} = {json.dumps(value)}" for name, value in entry.items()]
+    band = f'band.toy = {{ lo = {lo}, hi = {hi}, seeds = 5, date = "2026-01-01" }}'
+    return "\n".join(["[[claim]]", *written, band, ""])
 
 
-TOML = (claim(1, "error", "01_a", "<", 0.5, "evidence", 0.1, 0.3)
-        + claim(2, "exactness", "01_a", "<", 1e-5, "construction", "-inf", 1e-5)
-        + claim(3, "shift", "02_b", ">", 0.0, "evidence", -1.0, 1.0))
+TOML = (claim(0.1, 0.3, id="C1", title="error", notebook="01_a", direction="<", threshold=0.5, kind="evidence")
+        + claim("-inf", 1e-5, id="C2", title="exactness", notebook="01_a", direction="<", threshold=1e-5,
+                kind="construction")
+        + claim(-1.0, 1.0, id="C3", title="shift", notebook="02_b", direction=">", threshold=0.0, kind="evidence"))
 
 
 @pytest.fixture
@@ -106,36 +98,25 @@ def test_results_hold_values_intervals_bands_and_numbers(tmp_path, toml, capsys)
     assert kept["numbers"] == {"fvu": [0.2, 0.21]} and kept["profile"] == "toy" and "torch" in kept["versions"]
 
 
-@pytest.mark.parametrize("value, line, ok", [
-    (0.5, "[can fail] C1 too wide", True), (0.2, "[FAIL] C1 too wide: stays inside the band", False)])
-def test_a_control_must_leave_the_band(tmp_path, toml, capsys, value, line, ok):
+@pytest.mark.parametrize("value, interval, ok", [
+    (0.5, None, True), (0.2, None, False), (0.2, (0.1, 0.6), True), (0.2, (0.1, 0.4), False)])
+def test_a_control_must_leave_the_band_or_by_its_interval_not_hold(tmp_path, toml, capsys, value, interval, ok):
     claims = Claims("toy", "01_a", tmp_path, toml)
     with pytest.raises(ClaimError, match="before its check"):
-        claims.control("C1", value, "too wide")
+        claims.control("C1", value, "too wide", interval)
     claims.check("C1", 0.2)
-    assert claims.control("C1", value, "too wide") == ok and lines(capsys)[-1] == line
+    assert claims.control("C1", value, "too wide", interval) == ok
+    assert lines(capsys)[-1] == ("[can fail] C1 too wide" if ok else "[FAIL] C1 too wide: stays inside the band")
     stored = json.loads(claims.file.read_text())["claims"]["C1"]
     assert (stored["control"], stored["ok"]) == (value, ok)
 
 
-def test_a_control_inside_the_band_counts_when_by_its_interval_the_claim_does_not_hold(tmp_path, toml, capsys):
-    claims = Claims("toy", "02_b", tmp_path, toml)
-    claims.check("C3", 0.4, (0.1, 0.7))
-    assert claims.control("C3", 0.1, "nothing there", (-0.2, 0.4))
-    assert not claims.control("C3", 0.1, "nothing there", (0.05, 0.4))
-
-
-def test_an_interval_without_ends_decides_nothing_and_fails_nothing(tmp_path, toml, capsys):
-    claims = Claims("toy", "02_b", tmp_path, toml)
-    assert claims.check("C3", 0.4, (-math.inf, math.inf))
-    assert verdicts(tmp_path, toml).set_index("id").verdict["C3"] == "undecided"
-
-
 @pytest.mark.parametrize("interval, expected", [
-    ((0.1, 0.4), "holds"), ((0.6, 0.9), "does not hold here"), ((0.4, 0.6), "undecided"), (None, "undecided")])
+    ((0.1, 0.4), "holds"), ((0.6, 0.9), "does not hold here"), ((0.4, 0.6), "undecided"), (None, "undecided"),
+    ((-math.inf, math.inf), "undecided")])
 def test_verdict_comes_from_the_interval_not_from_the_band(tmp_path, toml, capsys, interval, expected):
     claims = Claims("toy", "01_a", tmp_path, toml)
-    claims.check("C1", 0.2, interval)
+    assert claims.check("C1", 0.2, interval)
     claims.check("C2", 3e-7)
     frame = verdicts(tmp_path, toml).set_index("id")
     assert frame.verdict.tolist() == [expected, "holds", NOT_MEASURED] and frame.loc["C1", "paper"] == 0.1
@@ -146,7 +127,6 @@ def test_verdict_comes_from_the_interval_not_from_the_band(tmp_path, toml, capsy
     ('direction = ">"', 'direction = "up"', "C3.*direction"),
     ('id = "C2"', 'id = "C1"', "twice"),
     ("lo = 0.1, hi = 0.3", "lo = 0.4, hi = 0.3", "C1.*lo"),
-    ("threshold = 0.0", "treshold = 0.0", "C3.*threshold"),
     ("[[claim]]", "[[claim", "cannot be read"),
 ])
 def test_malformed_files_are_refused(tmp_path, toml, old, new, message):
@@ -155,9 +135,7 @@ def test_malformed_files_are_refused(tmp_path, toml, old, new, message):
         load_claims(toml)
 
 
-# ---- the project's own file
-
-def test_claims_file_is_whole():
+def test_the_projects_own_file_is_whole_and_its_bands_are_measured_and_stand_in_the_document():
     claims = load_claims()
     assert list(claims) == [f"C{i}" for i in range(1, len(claims) + 1)] and len(claims) >= 13
     for claim in claims.values():
@@ -167,17 +145,6 @@ def test_claims_file_is_whole():
         assert len(claim.title) < 70
         if claim.kind != "evidence":
             assert claim.direction == "<" and claim.band["toy"].hi <= max(claim.threshold, 0), claim.id
-
-
-def test_sentences_are_the_papers_words():
-    paper = " ".join(shared_path("reference/paper.txt").read_text(encoding="utf-8").split())
-    for claim in load_claims().values():
-        assert " ".join(claim.sentence.split()) in paper, claim.id
-
-
-def test_bands_have_been_measured_and_stand_in_the_document():
-    claims = load_claims()
-    for claim in claims.values():
         for profile, band in claim.band.items():
             where = f"{claim.id}, {profile} in {FILE.name}"
             least = 5 if profile == "toy" else 3
@@ -188,3 +155,9 @@ def test_bands_have_been_measured_and_stand_in_the_document():
     rows = re.findall(r"^\| (C\d+) \| (.+?) \| (\S+) \.\. (\S+) \| (\d+) \|", text, re.M)
     assert {id: (title, float(lo), float(hi), int(seeds)) for id, title, lo, hi, seeds in rows} == {
         id: (c.title, c.band["toy"].lo, c.band["toy"].hi, c.band["toy"].seeds) for id, c in claims.items() if c.band}
+
+
+def test_sentences_are_the_papers_words():
+    paper = " ".join(shared_path("reference/paper.txt").read_text(encoding="utf-8").split())
+    for claim in load_claims().values():
+        assert " ".join(claim.sentence.split()) in paper, claim.id

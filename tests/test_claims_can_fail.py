@@ -2,18 +2,16 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 
 from sarmlib.claims import load_claims
-
-NOTEBOOKS = Path(__file__).resolve().parents[1] / "notebooks"
+from tests.helpers import ROOT
 
 
 @pytest.mark.parametrize("claim", load_claims().values(), ids=lambda claim: claim.id)
 def test_the_notebook_breaks_each_claim_on_purpose(claim):
-    cells = json.loads((NOTEBOOKS / f"{claim.notebook}.ipynb").read_text())["cells"]
+    cells = json.loads((ROOT / "notebooks" / f"{claim.notebook}.ipynb").read_text())["cells"]
     cells = [cell for cell in cells if cell["cell_type"] == "code"]
     source = "\n".join("".join(cell["source"]) for cell in cells)
     printed = "".join("".join(output.get("text", "")) for cell in cells for output in cell["outputs"])

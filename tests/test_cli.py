@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from sarmlib import cli
-from sarmlib.backbone import load_tokenizer
 from sarmlib.cli import main
 from sarmlib.data.pairs import load_conversations
 from sarmlib.evaluation.scorer import score
@@ -18,51 +17,56 @@ from sarmlib.sae.topk import TopKSAE
 from sarmlib.sarm.model import SarmForSequenceClassification
 from sarmlib.store import Store
 from tests.fake_llm import FakeLLM
-from tests.miniature import save_backbone
-from tests.tiny import conversation, tiny_sarm, tiny_tokenizer
+from tests.tiny import conversation, tiny_pairs, tiny_sarm, tiny_tokenizer
+from tools.fuzz import sound
 
-ROWS = [{"prompt": "w1 w2", "response": "w3 w4 w5", "id": "one"},
-        {"prompt": "w1", "responses": ["w2", "w3 w3", ""]},
-        {"messages": conversation("w7", "w8 w9")},
-        {"prompt": "w1 w2", "chosen": "w5 w6", "rejected": "w7"}]
-COMMANDS = ["reproduce", "run", "verify", "figures", "notebooks", "score", "explain", "steer", "evaluate",
-            "pretrain-sae", "train", "browse", "doctor"]
 ASK = ["--model", "x", "--prompt", "w1"]
 TRAIN = ["train", "--backbone", "x", "--data", "y", "--output", "z"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    target = tmp_path_factory.mktemp("sarm")
-    tiny_sarm().save_pretrained(target)
-    tiny_tokenizer().save_pretrained(target)
-    return str(target)
+def world(tmp_path_factory):
+    """sarm/, backbone/ and sae/, all random, and pairs.jsonl."""
+    base = tmp_path_factory.mktemp("world")
+    sound(base)
+    pairs = [*tiny_pairs(64), {"prompt": "w1", "chosen": "w2", "rejected": "w2"}]
+    (base / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return base
+
+
+@pytest.fixture
+def folder(world):
+    return str(world / "sarm")
 
 
 @pytest.fixture
 def rows(tmp_path):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows = [{"prompt": "w1 w2", "response": "w3 w4 w5", "id": "one"},
+            {"prompt": "w1", "responses": ["w2", "w3 w3", ""]}, {"messages": conversation("w7", "w8 w9")},
+            {"prompt": "w1 w2", "chosen": "w5 w6", "rejected": "w7"}]
+    (path := tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 
 @pytest.fixture
 def said(capsys):
-    """Run a command: its status, and what it printed or its error."""
+    """Run a command: what it printed, or with another status also its error."""
     def call(*arguments, status=0):
         capsys.readouterr()
         found = main([str(one) for one in arguments])
         out, err = capsys.readouterr()
         assert found == status, err
-        return out if status == 0 else err
+        return out if status == 0 else out + err
     return call
 
 
+def sets(*settings):
+    return [word for one in settings for word in ("--set", one)]
+
+
 def test_every_command_has_a_group_and_an_example(said):
-    names = {command.name: command for command in cli.app.registered_commands}
-    assert sorted(names) == sorted(COMMANDS)
-    assert all(one.epilog.startswith(f"Example: sarmlib {name}") and one.rich_help_panel
-               for name, one in names.items())
+    assert all(one.epilog.startswith(f"Example: sarmlib {one.name}") and one.rich_help_panel
+               for one in cli.app.registered_commands)
     assert "sarmlib" in said("--version") and "Example: sarmlib explain --model toy" in said("explain", "--help")
 
 
@@ -151,33 +155,18 @@ def test_an_edit_is_recorded_and_undone_exactly(said, folder, tmp_path):
     assert torch.equal(edited.score.weight[0, 3], before.score.weight[0, 3] * 8) and edited.score.weight[0, 5] == 0
     said("steer", "--model", more, "--undo", "--output", back)
     assert torch.equal(SarmForSequenceClassification.from_pretrained(back).score.weight, before.score.weight)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "more", "once"]
+    said("steer", "--model", once, "--feature", "35=1e30", "--output", tmp_path / "huge")
+    for model, factor in ((once, "1e300"), (once, "1e39"), (once, "-1e300"), (tmp_path / "huge", "1e30")):
+        assert "infinite" in said("steer", "--model", model, "--feature", f"35={factor}", "--output", tmp_path / "no",
+                                  status=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["back", "huge", "more", "once"]
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A random decoder with the toy world's words, an SAE for it, and pairs."""
-    base = tmp_path_factory.mktemp("world")
-    save_backbone(base / "backbone")
-    TopKSAE(16, 48, 4, generator=torch.Generator().manual_seed(0)).save(base / "sae")
-    names = "cook baker farmer doctor nurse pilot singer writer".split()
-    rows = [{"prompt": f"who is the {name} number {i} ?", "chosen": f"he is the {name} .",
-             "rejected": "she is here ."} for i in range(8) for name in names]
-    rows.append({"prompt": "who ?", "chosen": "same", "rejected": "same"})
-    (base / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return base
-
-
-def test_evaluate_scores_the_toy_world_and_goes_on(said, world, tmp_path):
-    sarm = SarmForSequenceClassification.from_backbone_with_random_encoder(
-        str(world / "backbone"), n_features=48, k=4)
-    torch.nn.init.normal_(sarm.score.weight)
-    sarm.save_pretrained(tmp_path / "model")
-    load_tokenizer(str(world / "backbone")).save_pretrained(tmp_path / "model")
-    command = ["evaluate", "--model", tmp_path / "model", "--data", "toy", "--limit", "2", "--output"]
-    printed = said(*command, tmp_path / "out")
+def test_evaluate_scores_the_toy_world_and_goes_on(said, folder, tmp_path):
+    command = ["evaluate", "--model", folder, "--data", "toy", "--limit", "2", "--output", tmp_path / "out"]
+    printed = said(*command)
     assert "Factuality" in printed and (tmp_path / "out" / "results.json").is_file()
-    assert said(*command, tmp_path / "out") == printed
+    assert said(*command) == printed
 
 
 def test_a_chat_model_judges_within_its_budget_and_goes_on(said, tmp_path):
@@ -186,8 +175,11 @@ def test_a_chat_model_judges_within_its_budget_and_goes_on(said, tmp_path):
 
     with FakeLLM(("429",), answer) as server:
         command = ["evaluate", "--judge", server.url, "--model", "fake", "--data", "toy", "--limit", "2",
-                   "--output", tmp_path / "out", "--price", "0", "1"]
-        assert "budget" in said(*command, "--budget", "0.0001", status=1)
+                   "--output", tmp_path / "out"]
+        assert re.search(r"\d is above --budget 5: it may stop.*budget of 5 tokens is reached",
+                         said(*command, "--budget", "5", status=1), re.S)
+        command += ["--price", "0", "1"]
+        assert "is above --budget 0.0001: it may stop" in said(*command, "--budget", "0.0001", status=1)
         assert not (tmp_path / "out" / "results.json").exists()
         said(*command)
         assert max(server.answered.values()) == 1
@@ -196,10 +188,11 @@ def test_a_chat_model_judges_within_its_budget_and_goes_on(said, tmp_path):
 
 def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
     command = ["train", "--backbone", world / "backbone", "--data", world / "pairs.jsonl", "--sae", world / "sae",
-               "--output", tmp_path / "out"]
-    for setting in ("device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=2", "reward.lr=3e-3",
-                    "preferences.eval_fraction=0.3"):
-        command += ["--set", setting]
+               "--output", tmp_path / "out",
+               *sets("device=cpu", "backbone.layer=2", "reward.batch_size=8", "reward.epochs=2", "reward.lr=3e-3",
+                     "preferences.eval_fraction=0.3")]
+    for wrong in ("reward.scheduler=nonsense", "reward.micro_batch_size=3"):  # which block no corrected run
+        said(*command, *sets(wrong), status=1)
     printed = said(*command)
     assert "{'" not in printed and "%|" not in printed
     found = json.loads((tmp_path / "out" / "evaluation.json").read_text())
@@ -208,25 +201,25 @@ def test_from_pairs_to_a_saved_sarm(said, world, tmp_path):
     model = SarmForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
     assert model.sae_hash() == TopKSAE.load(world / "sae").content_hash() and model.score.weight.any()
     assert model.config.layer == 2
-    said("score", "--model", tmp_path / "out" / "model", "--prompt", "who is here ?", "--response", "he is .")
+    said("score", "--model", tmp_path / "out" / "model", "--prompt", "w1", "--response", "w2")
     assert "holds work with other settings" in said(*command, "--set", "preferences.max_length=100", status=1)
 
 
 def test_an_sae_from_text_that_is_not_written_over(said, world, tmp_path):
     text = tmp_path / "text.jsonl"
-    text.write_text(json.dumps({"text": "He is the cook. She is here. Who is there? It is I. " * 12}) + "\n")
-    text.write_text(text.read_text() * 100)
-    command = ["pretrain-sae", "--model", world / "backbone", "--corpus", text, "--output", tmp_path / "out"]
-    for setting in ("device=cpu", "sae.vectors=300", "sae.batch_size=32", "sae.expansion=4", "corpus.window=64",
-                    "backbone.layer=2"):
-        command += ["--set", setting]
-    assert "300 states are too few: 9 steps" in said(*command, "--output", tmp_path / "few", status=1)
-    command += ["--set", "sae.steps=20"]
-    wide = [*command, "--set", "sae.expansion=32", "--output", tmp_path / "wide"]
-    assert "for 512 features" in said(*wide, status=1) and not (tmp_path / "wide" / "sae_config.json").exists()
-    still = [*command, "--set", "sae.lr=3", "--output", tmp_path / "still"]
-    assert "explains nothing: FVU" in said(*still, status=1) and not (tmp_path / "still" / "sae_config.json").exists()
-    printed = said(*command)
+    text.write_text((json.dumps({"text": "w1 w2 w3. w4 w5 w6! w7 w8. w9 w10 w11? " * 12}) + "\n") * 100)
+    command = ["pretrain-sae", "--model", world / "backbone", "--corpus", text, "--output", tmp_path / "out",
+               *sets("device=cpu", "sae.vectors=300", "sae.batch_size=32", "sae.expansion=2", "corpus.window=64",
+                     "backbone.layer=2", "sae.positions=every", "sae.steps=20")]
+    for setting, words in (("sae.steps=null", "300 states are too few: 9 steps"),
+                           ("sae.expansion=32", "for 1024 features"), ("sae.lr=3", "explains nothing: FVU")):
+        refused = tmp_path / setting
+        assert words in said(*command, *sets(setting), "--output", refused, status=1)
+        assert not (refused / "sae_config.json").exists()
+    (tmp_path / "small.txt").write_text("One sentence. Two.\n")
+    assert "100 or more are needed" in said(*command, "--corpus", tmp_path / "small.txt", status=1)
+    assert [p.name for p in (tmp_path / "out").rglob("*.*") if p.is_file() and p.suffix != ".lock"] == ["settings.json"]
+    printed = said(*command)  # in the folder of the refused run
     assert "fvu" in printed and re.search(r"of 300 states from \d+ documents", printed)
     assert said(*command) == printed
     (other := tmp_path / "other").mkdir()
@@ -235,10 +228,6 @@ def test_an_sae_from_text_that_is_not_written_over(said, world, tmp_path):
     text.write_text(text.read_text() + '{"text": "One more."}\n')
     assert "holds work with other settings" in said(*command, status=1)
     assert TopKSAE.load(tmp_path / "out").n_features == 64
-    (tmp_path / "small.txt").write_text("One sentence. Two.\n")
-    err = said(*command, "--corpus", tmp_path / "small.txt", "--output", tmp_path / "less", status=1)
-    assert "100 or more are needed" in err and [p.name for p in (tmp_path / "less").rglob("*.*") if p.is_file()
-                                                and p.suffix != ".lock"] == ["settings.json"]
 
 
 def test_verify_prints_a_header_and_no_none_and_names_damage(said, tmp_path):
@@ -300,10 +289,3 @@ def test_dry_run_and_doctor(said, tmp_path, monkeypatch):
     printed = said("doctor")
     assert "cores" in printed and re.search(r"^toy +fits", printed, re.M)
     assert re.search("^local .*DATA=folder", printed, re.M)
-
-
-def test_a_judge_that_may_cost_more_than_its_budget_is_told_before(tmp_path, capsys):
-    most = {"cost": None, "tokens_in": 9, "tokens_out": 1}
-    endpoint = SimpleNamespace(estimate=lambda asked: most, budget=5, spent=0, model="m")
-    cli._judge(endpoint, {}, tmp_path)
-    assert "10 is above --budget 5: it may stop" in capsys.readouterr().out

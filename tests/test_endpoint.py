@@ -18,6 +18,8 @@ from tests.helpers import ROOT
 
 pytest.importorskip("openai")
 KEY = "sk-test-0123456789-secret"
+
+
 @pytest.fixture(autouse=True)
 def key(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
@@ -33,15 +35,14 @@ def endpoint(server, budget=None, price=None, cache=None, **constants) -> ChatEn
     return one
 
 
-async def inside_an_event_loop(one, n):
-    """As in a notebook."""
-    return one.ask(questions(n))
-
-
 def test_every_trouble_is_survived_and_nothing_is_paid_twice(tmp_path):
     with FakeLLM(KINDS) as server:
         one = endpoint(server, cache=tmp_path / "cache.jsonl", timeout=1.5)
-        answers = asyncio.run(inside_an_event_loop(one, 60))
+
+        async def inside_an_event_loop():  # as in a notebook
+            return one.ask(questions(60))
+
+        answers = asyncio.run(inside_an_event_loop())
         assert answers == [f"answer to q{i}" for i in range(60)]
         assert max(server.asked.values()) == 2 and min(server.asked.values()) == 1
         before = sum(server.asked.values())
@@ -52,10 +53,10 @@ def test_every_trouble_is_survived_and_nothing_is_paid_twice(tmp_path):
             "requests": 1, "cached": 60, "tokens_in": 0, "tokens_out": 512, "cost": None}
 
 
-def test_a_dripping_server_is_left_at_the_deadline_inside_a_running_event_loop():
+def test_a_dripping_server_is_left_at_the_deadline():
     with FakeLLM(("drip",)) as server:
         one, start = endpoint(server, timeout=0.5, retries=0), time.monotonic()
-        answers = asyncio.run(inside_an_event_loop(one, 6))
+        answers = one.ask(questions(6))
         assert answers.count(None) > 0 and any(answers)
         assert time.monotonic() - start < 3, "each read was in time, the whole was not"
 

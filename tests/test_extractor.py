@@ -2,31 +2,27 @@
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from sarmlib.backbone import load_backbone, load_tokenizer
 from sarmlib.errors import ConfigError, DataError
 from sarmlib.extractor import ActivationExtractor, position_rule
 from tests.helpers import shared_path
 from tests.test_sarm_model import config_of
-from tests.tiny import tiny_backbone
+from tests.tiny import SPECIALS, tiny_backbone, tiny_tokenizer
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", ".", "!", "?", "…", '."', ".)", ".\n\n", ";", ":", ",", ".com",
-         "!=", "3.14", "?!", "Ġ.", "Ġ;", "。", '"', ")", "a."]
+WORDS = ["a", "b", "c", ".", "!", "?", "…", '."', ".)", ".\n\n", ";", ":", ",", ".com", "!=", "3.14", "?!", "Ġ.", "Ġ;",
+         "。", '"', ")", "a."]
+FIRST, DOT = len(SPECIALS), len(SPECIALS) + 3
 
 
-def word_tokenizer() -> PreTrainedTokenizerFast:
-    core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    special = dict(pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>")
-    return PreTrainedTokenizerFast(tokenizer_object=core, **special)
+def word_tokenizer():
+    return tiny_tokenizer(None, WORDS)
 
 
 def documents(count=60, low=1, high=40, seed=0):
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(low, high + 1, (count,), generator=generator).tolist()
-    return [torch.randint(3, len(WORDS), (length,), generator=generator).tolist() for length in lengths]
+    return [torch.randint(FIRST, FIRST + len(WORDS), (length,), generator=generator).tolist() for length in lengths]
 
 
 def as_set(states):
@@ -55,10 +51,10 @@ def test_long_documents_are_cut_into_windows_that_start_with_bos():
     seen = []
     rule = lambda ids, mask: seen.append(ids.shape[1]) or mask.bool()  # noqa: E731
     tokenizer, backbone = word_tokenizer(), tiny_backbone()
-    long = [1] + documents(1, 50, 50)[0]
+    long = [2] + documents(1, 50, 50)[0]
     got = ActivationExtractor(backbone, tokenizer, rule, window=16).collect([long])
     assert seen == [51] and len(got) == 51  # the rule saw all of it; the repeated BOS gives no state
-    pieces = [long[:16], [1] + long[16:31], [1] + long[31:46], [1] + long[46:]]
+    pieces = [long[:16], [2] + long[16:31], [2] + long[31:46], [2] + long[46:]]
     with torch.no_grad():
         parts = [backbone(torch.tensor([piece])).last_hidden_state[0, n > 0 :] for n, piece in enumerate(pieces)]
     torch.testing.assert_close(as_set(got), as_set(torch.cat(parts)), atol=2e-6, rtol=0)
@@ -73,26 +69,27 @@ def test_max_vectors_is_exact_and_streams_lazily():
     assert all(len(part) <= 64 for part in parts) and len(list(stream)) > 4500  # a budget, and no more read than needed
     with pytest.warns(UserWarning, match="asked for 1000 states, the corpus gave 180"):
         extractor.collect(documents(20, 9, 9), 1000)
-    assert len(extractor.collect(["a b .", "", [4, 5, 7], []])) == 6  # texts and ids, empty ones skipped
+    assert len(extractor.collect(["a b .", "", [FIRST, FIRST, DOT], []])) == 6  # texts and ids, empty ones skipped
 
 
 def test_sentence_end_rule():
-    ids = torch.arange(len(WORDS))[None]
-    chosen = position_rule(word_tokenizer())(ids, torch.ones_like(ids))
-    ends = {"</s>", ".", "!", "?", "…", '."', ".)", ".\n\n", "?!", "Ġ.", "。", "a."}
-    assert {WORDS[i] for i in ids[chosen].tolist()} == ends
+    tokenizer = word_tokenizer()
+    ids = torch.arange(len(tokenizer))[None]
+    chosen = position_rule(tokenizer)(ids, torch.ones_like(ids))
+    ends = {"<eot>", ".", "!", "?", "…", '."', ".)", ".\n\n", "?!", "Ġ.", "。", "a."}
+    assert set(tokenizer.convert_ids_to_tokens(ids[chosen].tolist())) == ends
 
 
 def test_rules_respect_the_mask():
-    ids = torch.tensor([[7, 4, 7, 7], [7, 7, 4, 5]])
+    ids = torch.tensor([[DOT, 6, DOT, DOT], [DOT, DOT, 6, 7]])
     mask = torch.tensor([[0, 1, 1, 0], [1, 1, 1, 1]])
     tokenizer = word_tokenizer()
     wanted = {"sentence_end": [[0, 0, 1, 0], [1, 1, 0, 0]], "every": [[0, 1, 1, 0], [1, 1, 1, 1]],
               "last": [[0, 0, 1, 0], [0, 0, 0, 1]]}
     for name, rows in wanted.items():
         assert torch.equal(position_rule(tokenizer, name)(ids, mask), torch.tensor(rows).bool()), name
-    tokenizer.bos_token = "</s>"  # an opening one ends no sentence
-    assert position_rule(tokenizer)(torch.tensor([[2, 4, 7, 2]]), mask[1:]).tolist() == [[False, False, True, True]]
+    tokenizer.bos_token = "<eot>"  # an opening one ends no sentence
+    assert position_rule(tokenizer)(torch.tensor([[5, 6, DOT, 5]]), mask[1:]).tolist() == [[False, False, True, True]]
 
 
 def test_real_tokenizer_merged_sentence_ends():
@@ -133,6 +130,6 @@ def test_bad_input_is_refused():
         with pytest.raises(DataError, match="no text, or the position rule selects none"):
             extractor.collect(empty)
     with torch.no_grad():
-        backbone.get_input_embeddings().weight[4] = float("nan")
+        backbone.get_input_embeddings().weight[FIRST] = float("nan")
     with pytest.raises(DataError, match="NaN"):
         extractor.collect(["a ."])

@@ -11,23 +11,22 @@ import pytest
 from sarmlib import figures
 from sarmlib.errors import DataError
 from sarmlib.sarm.steering import SteeringAnalysis, rows_from_index, summarise_shift
-from tests.planted import SORRY, planted_world
+from tests.planted import SORRY, planted_explainer
 
-RNG = np.random.default_rng(0)
 SUBSETS = ["Factuality", "Precise IF", "Math", "Safety", "Focus", "Ties", "overall"]
 VARIANTS = ["SARM", "random encoder", "scalar, full depth"]
 
 
 @pytest.fixture(scope="module")
 def tables():
-    z, index, w, _ = planted_world()
+    contexts = planted_explainer().contexts
+    index = contexts.index
     target = ((index["domain"] == "Safety") & (index["label"] == "chosen")).to_numpy()
-    analysis, rows = SteeringAnalysis(z, index["reward"], w, index["prompt_id"]), rows_from_index(index)
+    analysis = SteeringAnalysis(contexts.z, index["reward"], contexts.w, index["prompt_id"])
     steered = analysis.table(SORRY, 6.0, target, category=index["domain"])
-    steps = [(variant, step, 0.5 + i * step / 9000, seed) for i, variant in enumerate(VARIANTS)
+    steps = [(variant, step, 0.5 + i * step / 9000 + seed / 5, seed) for i, variant in enumerate(VARIANTS)
              for step in (400, 800, 1600) for seed in range(3)]
-    features = pd.DataFrame({"feature": range(40), "w": RNG.normal(size=40), "preference_corr": RNG.uniform(-1, 1, 40),
-                             "contribution_sd": RNG.random(40), "label": ["“sorry”, “a long label”"] * 9 + [None] * 31})
+    features = contexts.features().assign(label=["“sorry”, “a long label”", None] * 40)
     judged = pd.DataFrame({
         "feature": range(4), "label": ["more often: “a very long label”, " + "x" * 70, "short", "c", "d"],
         "auroc": [0.9, 0.6, np.nan, np.nan], "auroc_lo": [0.85, 0.5, np.nan, np.nan],
@@ -54,13 +53,11 @@ def tables():
         "log": pd.DataFrame({"run": ["sentence ends"] * 5 + ["all tokens"] * 5, "step": [*range(5)] * 2,
                              "loss": np.linspace(1, 0.2, 10), "fvu": np.linspace(1, 0.2, 10), "dead_fraction": 0.4}),
         "training": pd.DataFrame(steps, columns=["variant", "step", "accuracy", "seed"]),
-        "curve": pd.DataFrame([(v, n, 90 + n / 200, 80, 120) for v in VARIANTS for n in (48, 96, 400)],
-                              columns=["variant", "pairs", "value", "lo", "hi"]),
         "features": features, "judged": judged, "probe": probe, "steered": steered, "scores": scores,
         "concepts": probe.rename(columns={"attribute": "concept", "model": "representation"}).assign(
             auroc_lo=0.4, auroc_hi=1.0),
         "shift": summarise_shift(steered), "verdicts": verdicts,
-        "dose": analysis.dose_response(SORRY, [-8, 0, 1, 2, 5, 40, 160], target, rows),
+        "dose": analysis.dose_response(SORRY, [-8, 0, 1, 2, 5, 40, 160], target, rows_from_index(index)),
         "controls": analysis.controls(SORRY, 6.0, target)[0],
         "ablation": pd.DataFrame({"variant": VARIANTS, "value": [93.0, 60, 70], "lo": [80.0, 55, 68],
                                   "hi": [106.0, 65, 72], "points": [[91, 95], [58, 62], [69, 71]],
@@ -70,11 +67,9 @@ def tables():
                                        prompt="What costs $5?", answers=("a cake", "b " * 90))}
 
 
-ARGUMENTS = {"dose_response": {"used": 5},
-             "curves": {"x": "pairs", "title": "Scores", "xlabel": "pairs", "ylabel": "score (%)"}}
 DRAW = {
     "architecture": None,
-    "sae_training": "log", "reward_training": "training", "curves": "curve", "feature_weights": "features",
+    "sae_training": "log", "reward_training": "training", "feature_weights": "features",
     "label_auroc": "judged", "concepts": "concepts", "probe_report": "probe", "figure3": "steered",
     "shift_by_set": "shift", "dose_response": "dose", "selectivity": "controls", "table1": "scores",
     "table2": "ablation", "differences": "gaps", "claims": "verdicts", "waterfall": "explanation"}
@@ -84,7 +79,7 @@ DRAW = {
 def test_every_figure_is_drawn_inside_its_page(tables, name):
     settings = dict(mpl.rcParams)
     data = [tables[DRAW[name]]] if DRAW[name] else []
-    fig = getattr(figures, name)(*data, **ARGUMENTS.get(name, {}))
+    fig = getattr(figures, name)(*data, *[5] * (name == "dose_response"))
     assert fig.get_figwidth() in (figures.COLUMN, figures.PAGE) and fig.get_figheight() < 7
     fig.draw_without_rendering()
     tight = fig.get_tightbbox().transformed(fig.dpi_scale_trans)  # everything visible, tick labels too

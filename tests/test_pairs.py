@@ -1,15 +1,14 @@
 """Preference pairs, rows to be scored and benchmarks: formats, cleaning with counts, decontamination, splitting."""
 
-import gzip
 import json
 from unittest.mock import Mock
 
-import pandas as pd
 import pytest
 
 from sarmlib.data.benchmarks import load_rewardbench2, load_rm_bench
 from sarmlib.data.pairs import drop_contaminated, drop_identical, load_conversations, load_pairs, split_by_prompt
-from sarmlib.errors import ConfigError, DataError, OfflineError
+from sarmlib.data.text import iter_texts
+from sarmlib.errors import ConfigError, DataError
 from tests.helpers import shared_path
 from tests.tiny import conversation, tiny_tokenizer
 
@@ -71,17 +70,12 @@ def test_unwanted_pairs_are_dropped_counted_and_told():
         load_pairs(rows[1:2])
 
 
-def test_files_of_every_kind_and_a_folder_of_them(tmp_path):
-    rows = [FORMATS["texts"], {"prompt": "Ünï\u2028code?", "chosen": "2026-01-01", "rejected": "7"}]
-    lines = "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
-    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8")
-    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
-    pd.DataFrame(rows).to_parquet(tmp_path / "e.parquet")
+def test_pairs_of_a_folder_have_ids_of_their_own(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.jsonl").write_text(2 * (json.dumps(CHAT) + "\n"))
     pairs = load_pairs(tmp_path)
-    assert [p["prompt"][0]["content"] for p in pairs] == ["Name a prime.", "Ünï\u2028code?"] * 3
-    assert [p["chosen"] for p in pairs[1::2]] == ["2026-01-01"] * 3  # stays text
-    assert pairs.report.read == pairs.report.kept == len({p["id"] for p in pairs}) == 6
-    assert pairs[3]["id"] == f"{tmp_path.name}/b.jsonl.gz:2"
+    assert [p["id"] for p in pairs] == [f"{tmp_path.name}/{name}.jsonl:{n}" for name in "ab" for n in (1, 2)]
+    assert pairs.report.read == pairs.report.kept == 4
 
 
 def test_contaminated_prompts_are_dropped_exactly_and_nearly():
@@ -137,7 +131,7 @@ def test_real_files(name, kept, read):
     assert sum(pairs.report.dropped.values()) == read - kept and len({p["id"] for p in pairs}) == kept
 
 
-BAD = [
+@pytest.mark.parametrize(("load", "good", "bad", "words"), [
     (load_pairs, FORMATS["texts"], {"prompt": [], "chosen": "a", "rejected": "b"}, "not a preference pair.*prompt"),
     (load_pairs, FORMATS["texts"], {"prompt": CHAT["chosen"], "chosen": "a", "rejected": "b"}, "user turn"),
     (load_pairs, FORMATS["texts"], {"chosen": [{"role": "robot", "content": "x"}], "rejected": [USER]},
@@ -154,22 +148,12 @@ BAD = [
         ("id", None))),
     (load_rewardbench2, RB2, {**RB2, "subset": "Ties", "id": "17"}, "field 'id'"),
     *((load_rm_bench, RMB, {**RMB, field: value}, f"field '{field}'") for field, value in (
-        ("chosen", ["a", "b"]), ("domain", 3), ("domain", None)))]
-
-
-@pytest.mark.parametrize(("load", "good", "bad", "words"), BAD)
+        ("chosen", ["a", "b"]), ("domain", 3), ("domain", None)))])
 def test_bad_rows_name_file_row_and_field(tmp_path, load, good, bad, words):
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(bad) + "\n")
     with pytest.raises(DataError, match=rf"rows\.jsonl, row 2: .*{words}"):
         load(path)
-
-
-def test_rewardbench2_rows_are_completed_and_kept_whole(tmp_path):
-    expected = {**RB2, "id": "1", "num_correct": 1}
-    (tmp_path / "a.json").write_text(json.dumps([RB2]))
-    for source in (tmp_path / "a.json", [RB2], [expected]):
-        assert list(load_rewardbench2(source)) == [expected]
 
 
 def test_rm_bench_domain_comes_from_row_or_file_name(tmp_path):
@@ -181,15 +165,18 @@ def test_rm_bench_domain_comes_from_row_or_file_name(tmp_path):
     assert [r["domain"] for r in load_rm_bench(tmp_path)] == ["math"]
 
 
-def test_hub_commits_are_pinned(monkeypatch):
-    ask = Mock(side_effect=OfflineError("gone"))
-    with monkeypatch.context() as patched, pytest.raises(OfflineError, match="gone"):
-        patched.setattr("sarmlib.data.rows.check_access", ask)
-        load_rewardbench2()
-    ask.assert_called_once_with(
-        "allenai/reward-bench-2", "7ff08853b0d5686e79b13fda8677024f566a104a", repo_type="dataset")
-    with pytest.raises(ConfigError, match="RM-Bench"):
-        load_rm_bench("hub:THU-KEG/RM-Bench")
+@pytest.mark.parametrize(("load", "row", "kept", "repo", "commit", "split"), [
+    (lambda: iter_texts("hub:a/b", revision="a" * 40), {"text": "page"}, "page", "a/b", "a" * 40, "train"),
+    (load_rewardbench2, RB2, {**RB2, "id": "1", "num_correct": 1}, "allenai/reward-bench-2",
+     "7ff08853b0d5686e79b13fda8677024f566a104a", "test")])
+def test_hub_data_are_read_at_their_commit_and_corpora_streamed(monkeypatch, load, row, kept, repo, commit, split):
+    read, access = Mock(return_value=[row]), Mock()
+    monkeypatch.setattr("sarmlib.data.rows.check_access", access)
+    monkeypatch.setattr("datasets.load_dataset", read)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    assert list(load()) == [kept]
+    access.assert_called_once_with(repo, commit, repo_type="dataset")
+    read.assert_called_once_with(repo, revision=commit, split=split, streaming="text" in row)
 
 
 def test_real_benchmark_files():

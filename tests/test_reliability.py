@@ -82,11 +82,8 @@ def test_a_killed_run_goes_on_to_the_same_results(tmp_path):
 
 @pytest.mark.slow
 def test_a_wheel_reproduces_without_a_checkout(tmp_path):
-    (source := tmp_path / "source").mkdir()
-    for name in ("sarmlib", "notebooks"):
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_*"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copyfile(ROOT / name, source / name)
+    other = shutil.ignore_patterns(".*", "runs", "models", "__pycache__")
+    source = shutil.copytree(ROOT, tmp_path / "source", ignore=other)
     subprocess.run([sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation",
                     "--wheel-dir", tmp_path, source], check=True)
     wheel = zipfile.ZipFile(next(tmp_path.glob("*.whl")))

@@ -33,12 +33,6 @@ def run(tmp_path_factory):
     return run
 
 
-@pytest.fixture(scope="module")
-def one(run):
-    """The steering experiment of seed 0."""
-    return results.steering(run, 0)
-
-
 def best_of(subset, number, *scores):
     return {"id": str(number), "subset": subset, "scores": list(scores), "num_correct": 1}
 
@@ -227,7 +221,8 @@ def test_concepts_are_those_of_the_rows(run):
     assert null.low <= null.estimate <= null.high and abs(null.estimate - 0.5) < 0.06
 
 
-def test_steering_chooses_on_rm_bench_safety_and_moves_rewardbench2(run, one):
+def test_steering_chooses_on_rm_bench_safety_and_moves_rewardbench2(run):
+    one = results.steering(run, 0)
     units, z = run.scored("sarm", 0).part("rm_bench")
     safety = units.domain.str.startswith("safety").to_numpy()
     asked = set(one.units[one.units.domain == "Safety"].prompt_text)
@@ -257,7 +252,8 @@ def test_prompts_that_rewardbench2_asks_too_choose_nothing(run, monkeypatch):
         results.steering(run, 0)
 
 
-def test_closed_form_is_what_the_edited_model_says(run, one):
+def test_closed_form_is_what_the_edited_model_says(run):
+    one = results.steering(run, 0)
     found = results.steered_forward(run, one)
     assert found["closed_form_error"] < 1e-5 and found["inactive_change"] < 1e-5 and found["activation_change"] == 0
     broken = results.steered_forward(run, one, encoder=True)

@@ -10,27 +10,10 @@ from safetensors.torch import load_file, save_file
 
 from sarmlib.cli import main
 from sarmlib.errors import ConfigError, ModelError
-from sarmlib.evaluation.scorer import score
 from sarmlib.sae.formats import load_official, load_sae, load_saelens, load_sparsify, save_saelens
-from sarmlib.sae.topk import TopKSAE
-from sarmlib.sarm.attribution import explain
 from sarmlib.sarm.model import SarmForSequenceClassification
-from sarmlib.sarm.released import save_official
-from sarmlib.sarm.steering import steer
-from sarmlib.sarm.training import RewardTrainConfig, RewardTrainer
 from tests.miniature import save_backbone
-from tests.tiny import conversation, tiny_backbone, tiny_pairs, tiny_tokenizer
-
-
-def make(k=3, d=6, n=20, **options):
-    sae = TopKSAE(d, n, k, generator=torch.Generator().manual_seed(0), **options)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in (*sae.parameters(), *sae.buffers()):
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.3)
-        if k is None:
-            sae.threshold.abs_()
-    return sae
+from tests.tiny import random_sae
 
 
 def edited(folder, change, **config):
@@ -44,19 +27,19 @@ def edited(folder, change, **config):
 
 def folder_of(kind, folder, **sizes):
     """A folder as SAELens writes it for each kind of SAE; Gemma Scope's are ``jumprelu``."""
-    sae = make(3 if kind == "topk" else None, encoder_bias=True, normalize=False, **sizes)
+    sae = random_sae(3 if kind in ("topk", "rescaled") else None, encoder_bias=True, normalize=False, **sizes)
     save_saelens(sae, folder, hook_name="blocks.1.hook_resid_post")
+    if kind == "rescaled":  # decoder rows of any length, as SAELens' training default leaves them
+        return edited(folder, lambda t: t["W_dec"].mul_(torch.linspace(0.1, 3, sae.n_features)[:, None]),
+                      rescale_acts_by_decoder_norm=True)
     if kind == "batchtopk":  # before SAELens turns it into jumprelu
         return edited(folder, lambda t: t.update(topk_threshold=t.pop("threshold").mean().double()),
                       architecture=kind, k=2.5)
     return edited(folder, lambda t: kind == "jumprelu" and t["threshold"].sub_(0.2), apply_b_dec_to_input=False)
 
 
-KINDS = ["topk", "batchtopk", "jumprelu"]
-
-
-def states(n=50):
-    return torch.randn(n, 6, generator=torch.Generator().manual_seed(2)) * 0.3
+def states():
+    return torch.randn(50, 6, generator=torch.Generator().manual_seed(2)) * 0.3
 
 
 def saelens(folder, x):
@@ -78,19 +61,28 @@ def saelens(folder, x):
     return z, ((z / norms) @ t["W_dec"] + t["b_dec"]) * std + mu
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("normalize, tolerance", [(False, 1e-6), (True, 5e-4)])
-def test_saelens_computes_the_same_and_is_read_back(bias, normalize, tolerance, tmp_path):
-    sae, x = make(encoder_bias=bias, normalize=normalize), states()
-    z, x_hat = saelens(save_saelens(sae, tmp_path, hook_name="blocks.1.hook_resid_post"), x)
-    torch.testing.assert_close(z, sae.encode(x).dense(), rtol=1e-6, atol=tolerance)
-    torch.testing.assert_close(x_hat, sae(x).x_hat, rtol=1e-6, atol=tolerance)
+def real_saelens(folder, x):
+    lens = pytest.importorskip("sae_lens", reason="the extra 'peers' is not installed")
+    other = lens.SAE.load_from_disk(folder)
+    z = other.encode(x)
+    return z, other.decode(z)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("reader, exact", [(saelens, 1e-6), (real_saelens, 0)])
+@pytest.mark.parametrize("bias, k", [(True, 3), (False, 3), (True, None)])
+@pytest.mark.parametrize("normalize", [False, True])
+def test_saelens_computes_the_same_and_is_read_back(reader, exact, bias, k, normalize, tmp_path):
+    sae, x = random_sae(k, encoder_bias=bias, normalize=normalize), states()
+    z, x_hat = reader(save_saelens(sae, tmp_path, hook_name="blocks.1.hook_resid_post"), x)
+    torch.testing.assert_close(z, sae.encode(x).dense(), rtol=0, atol=5e-4 if normalize else exact)
+    torch.testing.assert_close(x_hat, sae(x).x_hat, rtol=1e-6, atol=5e-4 if normalize else 1e-6)
     stored = json.loads((tmp_path / "cfg.json").read_text())["metadata"]
     assert stored["hook_name"] == "blocks.1.hook_resid_post" and stored["prepend_bos"] and stored["context_size"]
     assert load_saelens(tmp_path).content_hash() == sae.content_hash()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["topk", "rescaled", "batchtopk", "jumprelu"])
 def test_every_kind_of_saelens_is_the_same_function(kind, tmp_path):
     folder, x = folder_of(kind, tmp_path / "lens"), states().requires_grad_()
     sae = load_sae(folder)
@@ -98,61 +90,36 @@ def test_every_kind_of_saelens_is_the_same_function(kind, tmp_path):
     torch.testing.assert_close(out.code.dense(), z, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(out.x_hat, x_hat, rtol=1e-5, atol=1e-6)
     active = (z > 0).sum(-1)
-    assert active.max() == out.code.indices.shape[-1] and (active.min() < active.max()) == (kind != "topk")
+    assert active.max() == out.code.indices.shape[-1] and (active.min() < active.max()) == (sae.k is None)
     assert all(len(set(row)) == len(row) for row in out.code.indices.tolist())
     g = torch.randn(z.shape, generator=torch.Generator().manual_seed(5))
     (wanted,), (got,) = (torch.autograd.grad(one, x, g) for one in (z, sae.encode(x).dense()))
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-    assert load_sae(sae.save(tmp_path / "own")).content_hash() == sae.content_hash()
-    assert load_sae(save_saelens(sae, tmp_path / "again")).content_hash() == sae.content_hash()
+    for written in (sae.save(tmp_path / "own"), save_saelens(sae, tmp_path / "again")):
+        assert load_sae(written).content_hash() == sae.content_hash()
     assert torch.equal(sae.encode(x[:0]).dense(), x.new_zeros(0, 20))
-    if kind != "topk":
+    if kind == "rescaled":
+        torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(20))
+    if sae.k is None:
         sae.threshold.fill_(99.0)
         assert not sae.encode(x).dense().any()
+    edited(folder, lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
+    assert load_sae(folder).W_enc.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_sarm_of_every_kind_is_trained_saved_and_reloaded(kind, tmp_path):
-    sae, tokenizer = load_sae(folder_of(kind, tmp_path / "lens", d=32, n=64)), tiny_tokenizer()
-    sarm = SarmForSequenceClassification.from_backbone_and_sae(tiny_backbone(), sae)
-    config = RewardTrainConfig(lr=3e-3, head_lr=1e-2, epochs=2, batch_size=8, use_cpu=True)
-    before = {name: tensor.clone() for name, tensor in sarm.model.state_dict().items()}
-    RewardTrainer(sarm, tokenizer, tiny_pairs(32), config=config).train()
-    assert sarm.sae_hash() == sae.content_hash() and sarm.score.weight.any()
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in sarm.model.state_dict().items())
-    sarm.save_pretrained(tmp_path / "sarm")
-    again = SarmForSequenceClassification.from_pretrained(tmp_path / "sarm")
-    assert again.sae_hash() == sae.content_hash() and again.config.k == sae.k
-    talks = [conversation("w5 w6", " ".join(f"w{i}" for i in range(3, 3 + n))) for n in range(1, 12)]
-    first, second = (score(model, tokenizer, talks, features=True) for model in (sarm, again))
-    assert (first.rewards == second.rewards).all() and (first.features != second.features).nnz == 0
-    by_hand = first.features @ sarm.score.weight[0].detach().numpy()
-    assert by_hand == pytest.approx(first.rewards, abs=1e-5) and len(set(first.rewards)) > 5
-    assert (len(set(first.features.count_nonzero(axis=1))) > 1) == (kind != "topk")
-    why = explain(again, tokenizer, talks[-1])
-    turned = steer(again, {int(why.table.feature[0]): 0.0})
-    assert explain(turned, tokenizer, talks[-1]).reward == pytest.approx(why.reward - why.table.contribution[0])
-    half = SarmForSequenceClassification.from_pretrained(tmp_path / "sarm", dtype=torch.bfloat16)
-    assert half.dtype == torch.bfloat16 and half.sae_hash() == sae.content_hash()
-
-
-def test_the_command_takes_a_saelens_folder_and_refuses_another_layer_width_and_kind(tmp_path, capsys):
+def test_the_command_takes_a_saelens_folder_and_refuses_another_layer(tmp_path, capsys):
     save_backbone(tmp_path / "base")
     rows = [{"prompt": f"who is number {i} ?", "chosen": "he is the cook .", "rejected": "here ."} for i in range(24)]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    fitting, wide = folder_of("jumprelu", tmp_path / "lens", d=16, n=48), folder_of("topk", tmp_path / "wide")
-    gated = edited(folder_of("topk", tmp_path / "gated"), lambda t: None, architecture="gated")
-    for sae, layer, words in ((fitting, 1, "reads 'blocks.1.hook_resid_post', but the backbone ends after layer 1"),
-                              (wide, 2, "the SAE reads states of size 6"), (gated, 2, "architecture='gated'"),
-                              (fitting, 2, None)):
+    folder = folder_of("jumprelu", tmp_path / "lens", d=16, n=48)
+    for layer, words in ((1, "reads 'blocks.1.hook_resid_post', but the backbone ends after layer 1"), (2, "")):
         settings = "device=cpu", f"backbone.layer={layer}", "reward.batch_size=8", "reward.epochs=1"
         status = main(["train", "--backbone", str(tmp_path / "base"), "--data", str(tmp_path / "pairs.jsonl"), "--sae",
-                       str(sae), "--output", str(tmp_path / "out"), *(w for s in settings for w in ("--set", s))])
-        assert status == bool(words) and (words or "") in capsys.readouterr().err
+                       str(folder), "--output", str(tmp_path / "out"), *(w for s in settings for w in ("--set", s))])
+        assert status == bool(words) and words in capsys.readouterr().err
     model = SarmForSequenceClassification.from_pretrained(tmp_path / "out" / "model")
-    assert model.sae_hash() == load_sae(fitting).content_hash() and model.config.k is None and model.config.layer == 2
-    with pytest.raises(ModelError, match="TopK SAE; this one is 'llama', normalize=False, k=None"):
-        save_official(model, tmp_path / "official")
+    assert model.sae_hash() == load_sae(folder).content_hash() and model.config.k is None and model.config.layer == 2
+    assert model.score.weight.any()
 
 
 def test_a_released_sae_is_fetched_by_saelens(tmp_path, monkeypatch):
@@ -169,18 +136,6 @@ def test_a_released_sae_is_fetched_by_saelens(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_lens", None)
     with pytest.raises(ModelError, match="'scope:x' is no path.*pip install sae-lens"):
         load_sae("scope:x")
-
-
-@pytest.mark.parametrize("bias, k", [(True, 3), (False, 3), (True, None)])
-@pytest.mark.parametrize("normalize, tolerance", [(False, 0), (True, 1e-3)])
-def test_the_real_saelens_reads_our_folder(bias, k, normalize, tolerance, tmp_path):
-    lens = pytest.importorskip("sae_lens", reason="the extra 'peers' is not installed")
-    sae, x = make(k, encoder_bias=bias, normalize=normalize), states()
-    with torch.no_grad():
-        other = lens.SAE.load_from_disk(save_saelens(sae, tmp_path))
-        z = other.encode(x)
-        torch.testing.assert_close(z, sae.encode(x).dense(), rtol=0, atol=tolerance)
-        torch.testing.assert_close(other.decode(z), sae(x).x_hat, rtol=0, atol=max(tolerance, 1e-5))
 
 
 @pytest.mark.parametrize("kind", ["TopK", "BatchTopK", "JumpReLU"])
@@ -230,24 +185,11 @@ def test_the_real_sparsifys_folder_is_read(tmp_path):
     torch.testing.assert_close(load_sparsify(tmp_path)(states()).x_hat, coder(states()).sae_out, rtol=0, atol=1e-6)
 
 
-def test_decoder_norms_of_saelens_are_folded(tmp_path):
-    """Rows of any length, as its training default leaves them: codes and reconstructions stay the same."""
-    edited(save_saelens(make(encoder_bias=True, normalize=False), tmp_path),
-           lambda t: t["W_dec"].mul_(torch.linspace(0.1, 3, 20)[:, None]), rescale_acts_by_decoder_norm=True)
-    sae, x = load_sae(tmp_path), states()
-    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(20))
-    z, x_hat = saelens(tmp_path, x)
-    torch.testing.assert_close(sae.encode(x).dense(), z, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sae(x).x_hat, x_hat, rtol=1e-5, atol=1e-6)
-    edited(tmp_path, lambda t: t.update({name: tensor.bfloat16() for name, tensor in t.items()}))
-    assert load_sae(tmp_path).W_enc.dtype == torch.float32
-
-
 def test_official_refusals(tmp_path):
     with pytest.raises(ConfigError, match="pass k"):
         load_official(tmp_path / "sae.pt")
     torch.save({"pre_bias": torch.zeros(3)}, tmp_path / "part.pt")
-    torch.save({"pre_bias": make()}, tmp_path / "object.pt")  # arbitrary objects are never unpickled
+    torch.save({"pre_bias": random_sae()}, tmp_path / "object.pt")  # arbitrary objects are never unpickled
     for name in ("missing.pt", "part.pt", "object.pt"):
         with pytest.raises(ModelError, match="no readable torch file of plain tensors"):
             load_official(tmp_path / name, k=3)
@@ -260,7 +202,7 @@ def save_sparsify(folder, sae, **config):
 
 
 def test_every_format_is_told_by_its_contents(tmp_path):
-    sae = make(encoder_bias=True, normalize=False)
+    sae = random_sae(encoder_bias=True, normalize=False)
     (tmp_path / "sparsify").mkdir()
     save_sparsify(tmp_path / "sparsify", sae, k=3, activation="topk", transcode=False)
     save_saelens(sae, tmp_path / "lens")
@@ -282,7 +224,7 @@ def test_every_format_is_told_by_its_contents(tmp_path):
                                    "normalize_activations": "constant_norm_rescale"}.items()),
     ("sparsify", "activation", "groupmax"), ("sparsify", "transcode", True), ("sparsify", "skip_connection", True)])
 def test_settings_of_other_functions_are_refused(kind, name, value, tmp_path):
-    sae = make(encoder_bias=True, normalize=False)
+    sae = random_sae(encoder_bias=True, normalize=False)
     save_saelens(sae, tmp_path) if kind == "lens" else save_sparsify(tmp_path, sae, k=3)
     config = json.loads((tmp_path / "cfg.json").read_text())
     (tmp_path / "cfg.json").write_text(json.dumps(config | {name: value}))
@@ -296,8 +238,8 @@ def test_settings_of_other_functions_are_refused(kind, name, value, tmp_path):
 
 def test_a_signed_sae_and_disagreeing_shapes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="relu=False"):
-        save_saelens(make(relu=False), tmp_path)
-    sae = make(encoder_bias=True)
+        save_saelens(random_sae(relu=False), tmp_path)
+    sae = random_sae(encoder_bias=True)
     sae.b_enc = torch.nn.Parameter(torch.zeros(6))
     save_sparsify(tmp_path, sae, k=3)
     with pytest.raises(ModelError, match="size mismatch for b_enc"):

@@ -84,18 +84,14 @@ def test_autocast_and_bfloat16_gradients_meet_float32_weights(kernel):
         torch.testing.assert_close(a.float(), b, rtol=0.02, atol=0.05)
 
 
-@pytest.mark.parametrize("n, m, k", [(7, 64, 3), (3, 1024, 3), (2, 4096, 12), (5, 100, 7), (2, 8, 8), (1, 61, 1)])
-def test_topk_is_exact(n, m, k):
-    a = torch.randn(n, m, generator=torch.Generator().manual_seed(m))
+@pytest.mark.parametrize("n, m, k", [(7, 64, 3), (3, 1024, 3), (2, 4096, 12), (5, 100, 7), (2, 8, 8), (1, 61, 1),
+                                     (16, 512, 6)])
+def test_topk_is_exact_and_with_ties_keeps_the_right_values_without_repeats(n, m, k):
+    generator = torch.Generator().manual_seed(m)
+    a, tied = torch.randn(n, m, generator=generator), torch.randint(3, (n, m), generator=generator).float()
     values, indices = topk(a, k)
-    wanted = a.topk(k)
-    assert torch.equal(values, wanted.values) and torch.equal(indices, wanted.indices)
-
-
-def test_topk_with_ties_keeps_the_right_values_without_repeats():
-    a = torch.randint(3, (16, 512), generator=torch.Generator().manual_seed(0)).float()
-    values, indices = topk(a, 6)
-    assert torch.equal(values, a.topk(6).values)
-    assert torch.equal(values, a.gather(1, indices))
-    for row in range(16):  # a row alone keeps what it keeps in a batch
-        assert len(set(indices[row].tolist())) == 6 and torch.equal(topk(a[row : row + 1], 6)[1][0], indices[row])
+    assert torch.equal(values, a.topk(k).values) and torch.equal(indices, a.topk(k).indices)
+    values, indices = topk(tied, k)
+    assert torch.equal(values, tied.topk(k).values) and torch.equal(values, tied.gather(1, indices))
+    for row in range(n):  # a row alone keeps what it keeps in a batch
+        assert len(set(indices[row].tolist())) == k and torch.equal(topk(tied[row : row + 1], k)[1][0], indices[row])

@@ -18,7 +18,7 @@ from sarmlib.store import write_json
 from tests.helpers import two_ranks
 from tests.miniature import miniature, save_backbone
 from tests.test_sae_training import SIZES, rest_of_stream
-from tests.tiny import tiny_pairs, tiny_sarm, tiny_tokenizer
+from tests.tiny import tiny_pairs, tiny_sarm, tiny_tokenizer, weights
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def whole(folder) -> None:
         trainer = T.RewardTrainer(tiny_sarm(head=0.1), tiny_tokenizer(), tiny_pairs(40), tiny_pairs(12, 9), config,
                                   folder / "whole")
         trainer.train(resume)
-        states.append({name: tensor.clone() for name, tensor in trainer.model.state_dict().items()})
+        states.append(weights(trainer.model))
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     found = trainer.evaluate()
     if trainer.is_world_process_zero():
@@ -110,50 +110,40 @@ def test_two_processes_train_like_one_and_resume(two, tmp_path):
     assert (two / "whole" / "checkpoint-4" / "complete.json").is_file()
 
 
+def three_steps(model, rank=0, world=1) -> torch.Tensor:
+    """Plain descent, so gradients as they are, on a rank's share of 8 pairs a step; the rewards afterwards."""
+    pairs = T.encode_pairs(tiny_tokenizer(), tiny_pairs(24), 64)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for start in range(0, 24, 8):
+        batch = T.collate_pairs(pairs[start + rank:start + 8:world])
+        rewards = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
+        T.bradley_terry(*rewards.chunk(2)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return torch.tensor(score_ids(model, [pair["chosen"] for pair in pairs])[0])
+
+
 def sharded(folder) -> None:
-    """Layers and root sharded, three steps on a rank's half of the pairs, score, hash, gather."""
+    """Layers and root sharded: trained, scored, hashed, gathered."""
     from torch.distributed import get_rank, init_process_group
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
     from torch.distributed.fsdp import fully_shard
 
     init_process_group("gloo")
     model, before = tiny_sarm(head=0.1), T.encoder_hash(tiny_sarm(head=0.1))
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    train(model, [[batch] for batch in batches()[get_rank()::2]])
-    rewards = score_ids(model, sequences())[0]
+    for part in (*model.model.layers, model):
+        fully_shard(part)
+    rewards = three_steps(model, get_rank(), 2)
     assert T.encoder_hash(model) == before
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
     if get_rank() == 0:
-        torch.save(state | {"rewards": torch.tensor(rewards)}, folder / "sharded.pt")
-
-
-def batches() -> list:
-    pairs = T.encode_pairs(tiny_tokenizer(), tiny_pairs(24), 64)
-    return [T.collate_pairs(pairs[i:i + 4]) for i in range(0, 24, 4)]
-
-
-def sequences() -> list:
-    return [pair["chosen"] for pair in T.encode_pairs(tiny_tokenizer(), tiny_pairs(8, 1), 64)]
-
-
-def train(model, parts) -> None:
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)  # gradients as they are
-    for part in parts:
-        for batch in part:
-            rewards = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, 0]
-            (T.bradley_terry(*rewards.chunk(2)).mean() / len(part)).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+        torch.save(state | {"rewards": rewards}, folder / "sharded.pt")
 
 
 def test_shared_out_weights_train_and_score_like_whole_ones(two):
-    model, parts, before = tiny_sarm(head=0.1), batches(), tiny_sarm(head=0.1).state_dict()
-    train(model, [parts[i:i + 2] for i in range(0, 6, 2)])
+    model, before = tiny_sarm(head=0.1), weights(tiny_sarm(head=0.1))
+    rewards, found = three_steps(model), torch.load(two / "sharded.pt", weights_only=True)
     assert not torch.equal(model.model.layers[0].mlp.up_proj.weight, before["model.layers.0.mlp.up_proj.weight"])
-    found = torch.load(two / "sharded.pt", weights_only=True)
-    torch.testing.assert_close(found.pop("rewards"), torch.tensor(score_ids(model, sequences())[0]), atol=1e-5,
-                               rtol=1e-5)
+    torch.testing.assert_close(found.pop("rewards"), rewards, atol=1e-5, rtol=1e-5)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(found[name], tensor, atol=1e-6, rtol=1e-5)

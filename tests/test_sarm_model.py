@@ -8,7 +8,6 @@ import sys
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from sarmlib.errors import ConfigError, DataError, ModelError
@@ -78,17 +77,15 @@ def test_without_a_mask_pads_are_found_by_id_unless_they_may_be_text():
         model(inputs_embeds=torch.zeros(1, 2, 32))
 
 
-@pytest.mark.parametrize("kind", ["sarm", "scalar"])
-def test_outputs_are_those_of_a_transformers_classifier(kind):
-    model = tiny_sarm()
-    if kind == "scalar":
-        model = ScalarRewardModel.from_backbone(AutoModel.from_config(tiny_config()))
-        model.score.weight.data.normal_()
+@pytest.mark.parametrize("scalar", [False, True])
+def test_outputs_are_those_of_a_transformers_classifier(scalar):
+    model = ScalarRewardModel.from_backbone(AutoModel.from_config(tiny_config())) if scalar else tiny_sarm()
+    model.score.weight.data.normal_()
     ids, mask = padded(ROWS)
     model.set_attn_implementation("eager")
     targets = torch.tensor([0.5, 1.0, -1.0])
     output = model(ids, mask, labels=targets, output_hidden_states=True, output_attentions=True, use_cache=True)
-    assert output.logits.shape == (3, 1) and (output.code is None) == (kind == "scalar")
+    assert output.logits.shape == (3, 1) and (output.code is None) == scalar
     torch.testing.assert_close(output.loss, (output.logits[:, 0] - targets).square().mean())
     assert len(output.hidden_states) == 4 and len(output.attentions) == 3
     assert torch.equal(output.hidden_states[-1][0, 3], output.hidden[0])
@@ -115,8 +112,11 @@ def test_loading_freezes_the_encoder_again_although_transformers_does_not(tmp_pa
     assert all(p.requires_grad for p in SarmForSequenceClassification.from_pretrained(tmp_path).sae.parameters())
 
 
-def test_the_encoder_stays_in_float32_beside_a_decoder_in_bfloat16(tmp_path):
-    model = tiny_sarm(head=0.1)
+@pytest.mark.parametrize("k", [4, None])
+def test_the_encoder_stays_in_float32_beside_a_decoder_in_bfloat16(k, tmp_path):
+    model = tiny_sarm(head=0.1, k=k)
+    if k is None:
+        model.sae.threshold.fill_(0.3)  # which bfloat16 does not hold
     model.save_pretrained(tmp_path / "sarm")
     half = SarmForSequenceClassification.from_pretrained(tmp_path / "sarm", dtype=torch.bfloat16)
     assert half.dtype == torch.bfloat16 and half.sae_hash() == model.sae_hash()
@@ -129,8 +129,7 @@ def test_the_encoder_stays_in_float32_beside_a_decoder_in_bfloat16(tmp_path):
 
 
 def test_config_stores_everything_and_the_old_rope_keys(tmp_path):
-    model = tiny_sarm(FAMILIES["llama"](), relu=False, encoder_bias=True)
-    model.save_pretrained(tmp_path)
+    tiny_sarm(FAMILIES["llama"](), relu=False, encoder_bias=True).save_pretrained(tmp_path)
     stored = json.loads((tmp_path / "config.json").read_text())
     wanted = dict(model_type="sarm", layer=4, n_features=64, k=4, topk=True, relu=False, encoder_bias=True,
                   normalize=True, frozen_sae=True, hidden_size=32, pad_token_id=0)
@@ -141,18 +140,6 @@ def test_config_stores_everything_and_the_old_rope_keys(tmp_path):
     two = tiny_sarm(FAMILIES["gemma3"]()).config.to_dict()["backbone_config"]  # with two kinds of layers
     assert two["rope_theta"] == two["rope_parameters"]["full_attention"]["rope_theta"]
     assert two["rope_local_base_freq"] == two["rope_parameters"]["sliding_attention"]["rope_theta"]
-
-
-def test_a_missing_weight_and_a_damaged_file_are_refused_by_name(tmp_path):
-    tiny_sarm().save_pretrained(tmp_path)
-    state = load_file(tmp_path / "model.safetensors")
-    del state["sae.b_pre"]
-    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"missing keys.*sae\.b_pre"):
-        SarmForSequenceClassification.from_pretrained(tmp_path)
-    (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        SarmForSequenceClassification.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("change, error, match", [

@@ -40,8 +40,10 @@ def test_a_benchmark_of_equal_scores_gets_no_interval():
 
 
 def test_of_shares_alone_are_zeros_and_ones_exact():
-    for sure in (S.bootstrap_ci(np.ones(150)), S.seeds_and_prompts_ci(np.ones((3, 150)))):
-        assert sure.method == "exact" and sure.high == 1 and sure.low == pytest.approx(0.025 ** (1 / 150))
+    for sure, n in ((S.bootstrap_ci(np.ones(150)), 150), (S.seeds_and_prompts_ci(np.ones((3, 150))), 150),
+                    (few := S.bootstrap_ci(np.ones(5)), 5)):
+        assert sure.method == "exact" and sure.high == 1 and sure.low == pytest.approx(0.025 ** (1 / n))
+    assert S.verdict(few, 0.5) == S.UNDECIDED
     gaps = np.r_[1.0, np.zeros(49)]
     assert S.verdict(S.seeds_and_prompts_ci(np.zeros((2, 9)), shares=False), direction="<") == S.UNDECIDED
     assert S.verdict(S.bootstrap_ci(gaps, n=500, shares=False)) == S.UNDECIDED  # one prompt is no evidence
@@ -55,38 +57,29 @@ def test_few_zeros_and_ones_get_an_exact_interval_that_covers(p, n):
         ci = S.bootstrap_ci(np.r_[np.ones(wins), np.zeros(n - wins)])
         covered += stats.binom.pmf(wins, n, p) * (ci.low - 1e-9 <= p <= ci.high + 1e-9)
     assert covered >= 0.95
-    sure = S.bootstrap_ci(np.ones(5), n=100)
-    assert sure.high == 1 and sure.low == pytest.approx(0.025 ** (1 / 5)) and S.verdict(sure, 0.5) == S.UNDECIDED
 
 
 def test_strata_give_the_mean_of_subset_means():
     x, strata = np.r_[np.tile([0.0, 2.0], 50), np.full(20, 2.0)], ["a"] * 100 + ["b"] * 20
     ci = S.bootstrap_ci(x, n=2000, strata=strata)
-    assert ci.estimate == 1.5
+    assert ci.estimate == 1.5 == pytest.approx(S.seeds_and_prompts_ci(np.tile(x, (2, 1)), strata=strata).estimate)
     assert (ci.high - ci.low) / 2 == pytest.approx(1.96 / np.sqrt(100) / 2, rel=0.1)
     exact = S.bootstrap_ci(x / 2, strata=strata)
     assert exact.estimate == 0.75 and exact.method == "exact" and 0.6 < exact.low < 0.7 and 0.79 < exact.high < 0.81
 
 
-def test_bootstrap_coverage_is_nominal():
-    rng = np.random.default_rng(3)
-    hits = 0
-    for _ in range(200):
-        ci = S.bootstrap_ci(rng.exponential(size=60), n=400)
-        hits += ci.low <= 1 <= ci.high
-    assert 0.90 <= hits / 200 <= 0.985
+def crossed(n_seeds, seed_sd, prompt_sd):
+    return lambda rng: S.seeds_and_prompts_ci(
+        rng.normal(0, seed_sd, (n_seeds, 1)) + rng.normal(0, prompt_sd, (1, 100)) + rng.normal(0, 0.3, (n_seeds, 100)))
 
 
-@pytest.mark.parametrize(("n_seeds", "seed_sd", "prompt_sd"), [(3, 0.0, 0.3), (5, 0.1, 0.1), (3, 0.05, 0.2)])
-def test_seeds_and_prompts_cover_new_seeds_and_new_prompts(n_seeds, seed_sd, prompt_sd):
+@pytest.mark.parametrize("draw", [
+    lambda rng: S.bootstrap_ci(rng.exponential(size=60) - 1, n=400),
+    crossed(3, 0.0, 0.3), crossed(5, 0.1, 0.1), crossed(3, 0.05, 0.2)])
+def test_intervals_cover_new_seeds_and_new_prompts(draw):
     rng = np.random.default_rng(4)
-    crossed = 0
-    for _ in range(400):
-        m = (rng.normal(0, seed_sd, (n_seeds, 1)) + rng.normal(0, prompt_sd, (1, 100))
-             + rng.normal(0, 0.3, (n_seeds, 100)))
-        ci = S.seeds_and_prompts_ci(m)
-        crossed += ci.low <= 0 <= ci.high
-    assert 0.90 <= crossed / 400 <= 0.985
+    covered = [ci.low <= 0 <= ci.high for ci in (draw(rng) for _ in range(400))]
+    assert 0.90 <= np.mean(covered) <= 0.985
 
 
 def test_seeds_and_prompts_reduce_to_one_source():
@@ -99,9 +92,6 @@ def test_seeds_and_prompts_reduce_to_one_source():
     same_prompts = S.seeds_and_prompts_ci(np.tile(seeds[:, None], (1, 40)))
     assert (same_prompts.low, same_prompts.high) == pytest.approx(S.seeds_ci(seeds)[1:3])
     assert S.seeds_ci(seeds)[1:3] == pytest.approx(stats.t.interval(0.95, 3, seeds.mean(), stats.sem(seeds)))
-    strata = np.repeat([0, 1], [30, 10])
-    weighted = S.seeds_and_prompts_ci(rng.normal(size=(3, 40)) + strata, strata=strata)
-    assert weighted.estimate == pytest.approx(0.5, abs=0.5)
 
 
 def test_holms_p_values_and_decoders_held_near_their_start():
@@ -117,14 +107,10 @@ def test_holms_p_values_and_decoders_held_near_their_start():
 
 
 def test_auroc_counts_ties_half():
-    assert S.auroc([1, 2], [0, 0]) == 1 and S.auroc([0], [1, 2]) == 0 and S.auroc([1, 1], [1]) == 0.5
     rng = np.random.default_rng(8)
     pos, neg = rng.integers(0, 5, 30), rng.integers(0, 4, 40)
     pairs = np.sign(pos[:, None] - neg[None, :])
     assert S.auroc(pos, neg) == pytest.approx((pairs + 1).mean() / 2)
-    assert S.auroc(pos, neg) + S.auroc(neg, pos) == pytest.approx(1)
-    with pytest.raises(DataError):
-        S.auroc([], [1])
 
 
 @pytest.mark.parametrize(("ci", "threshold", "direction", "expected"), [
@@ -138,7 +124,7 @@ def test_verdict(ci, threshold, direction, expected):
 
 @pytest.mark.parametrize("call", [
     lambda: S.bootstrap_ci([1, float("nan")]), lambda: S.bootstrap_ci([1.0]), lambda: S.bootstrap_ci([]),
-    lambda: S.bootstrap_ci([1, 2], strata=[0, 1]),
+    lambda: S.bootstrap_ci([1, 2], strata=[0, 1]), lambda: S.auroc([], [1]),
     lambda: S.seeds_ci([1.0]), lambda: S.seeds_and_prompts_ci(np.ones((1, 5))),
     lambda: S.verdict((float("nan"), 1)), lambda: S.verdict((1, 0))])
 def test_unusable_input_is_refused(call):

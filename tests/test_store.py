@@ -19,30 +19,25 @@ from sarmlib.errors import ArtifactError, NotMadeError
 from sarmlib.store import Store, code_hash, default_root, hash_json, hash_tree, imports_of, write_atomic
 from tests.helpers import ROOT
 
-CALLS = []
 
-
-def make(folder: Path, text="hello") -> dict:
-    """Writes one file and counts its calls."""
-    CALLS.append(text)
-    (folder / "sub").mkdir()
-    (folder / "sub" / "out.txt").write_text(text)
+def make(folder: Path) -> dict:
+    write_atomic(folder / "sub" / "out.txt", "hello")
     return {"loss": 0.5}
 
 
 def test_second_call_finds_what_the_first_made(tmp_path):
-    CALLS.clear()
     store = Store(tmp_path)
     first = store.get_or_make("sae", {"lr": 5e-4, "seed": 3}, {"activations": "abc"}, make)
     again = store.get_or_make("sae", {"seed": 3, "lr": 5e-4}, {"activations": "abc"}, functools.partial(make))
-    assert len(CALLS) == 1 and first.fresh and not again.fresh
+    assert first.fresh and not again.fresh
     assert first.path == again.path == tmp_path / "sae" / first.key
     assert again.file("sub/out.txt").read_text() == "hello" and again.meta == {"loss": 0.5}
     record = again.json("manifest.json")
     assert record["files"]["sub/out.txt"]["bytes"] == 5 and record["wall_s"] >= 0
     assert record["versions"]["python"].startswith("3.") and record["key"] == first.key
-    with pytest.raises(NotMadeError, match="sae/"):
-        Store(tmp_path, read_only=True).get_or_make("sae", {"lr": 1}, {}, make)
+    with pytest.raises(NotMadeError, match="sae/.* has not been made"):
+        Store(tmp_path / "new", read_only=True).get_or_make("sae", {"lr": 1}, {}, make)
+    assert not (tmp_path / "new").exists()
 
 
 SOURCES = {
@@ -90,15 +85,13 @@ def test_code_hash_follows_what_the_function_reaches_and_nothing_else(tmp_path, 
     ("sub/out.txt", "jello", False),  # the same length: only a checksum sees it
     ("sub/out.txt", "hell", True), ("sub/out.txt", None, True), ("stray", "", False), ("manifest.json", "{", True)])
 def test_damage_is_reported_and_what_a_read_sees_is_made_again(tmp_path, damaged, text, seen_by_a_read, caplog):
-    CALLS.clear()
     store = Store(tmp_path)
     artifact = store.get_or_make("s", {}, {}, make)
     name, target = f"s/{artifact.key}", artifact.file(damaged)
     assert store.verify() == {name: []}
     target.unlink() if text is None else target.write_text(text)
     assert store.verify()[name]
-    store.get_or_make("s", {}, {}, make)
-    assert len(CALLS) == 1 + seen_by_a_read and ("damaged" in caplog.text) == seen_by_a_read
+    assert store.get_or_make("s", {}, {}, make).fresh == ("damaged" in caplog.text) == seen_by_a_read
     assert (store.verify() == {name: []}) == seen_by_a_read
 
 
@@ -205,8 +198,7 @@ def test_default_root(tmp_path, monkeypatch):
 
 
 def test_the_hash_of_a_folder_names_every_file_below_it(tmp_path):
-    (tmp_path / "a").mkdir()
     for name in ("b", "a/c"):
-        (tmp_path / name).write_text("x")
+        write_atomic(tmp_path / name, "x")
     x = "2d711642b726b04401627ca9fbac32f5c8530fb1903cc4db02258717921a4881"
     assert hash_tree(tmp_path) == {"a/c": x, "b": x} and hash_tree(tmp_path / "b") == {"b": x}

@@ -12,8 +12,10 @@ from sarmlib.chat import encode_conversations
 from sarmlib.data.toyworld import BACKBONE_DIR, datasets
 from sarmlib.data.toyworld import lexicon as lx
 from sarmlib.data.toyworld.grammar import TASKS, make_problem
-from sarmlib.data.toyworld.tokenizer import build_tokenizer
+from tools.backbone import build_tokenizer
 
+PAIRS = datasets.preference_pairs(1500, seed=0)
+BENCHMARKS = {"rm_bench": datasets.rm_bench(80, 0), "rewardbench2": datasets.rewardbench2(80, 0)}
 SIGNS = {"adds": "+", "subtracts": "-", "multiplies": "*", "divides": "/"}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 
@@ -32,13 +34,11 @@ def refuses(core):
 def judge(prompt, core):
     """(task, whether the core answers the prompt rightly)."""
     if found := re.fullmatch(r"(?:What is|Tell me) the (\w+) of (\w+)[?.]", prompt):
-        said = re.fullmatch(r"The (\w+) of (\w+) is (\w+)\.", core)
-        assert said.groups()[:2] == found.groups()
-        return "fact", lx.FACTS[found[2], found[1]] == said[3]
+        said = re.fullmatch(rf"The {found[1]} of {found[2]} is (\w+)\.", core)
+        return "fact", lx.FACTS[found[2], found[1]] == said[1]
     if found := re.fullmatch(r"(?:What is|Add) (\d+) (?:plus|and) (\d+)[?.]", prompt):
-        said = re.fullmatch(r"(\d+) plus (\d+) is (\d+)\.", core)
-        assert said.groups()[:2] == found.groups()
-        return "math", int(found[1]) + int(found[2]) == int(said[3])
+        said = re.fullmatch(rf"{found[1]} plus {found[2]} is (\d+)\.", core)
+        return "math", int(found[1]) + int(found[2]) == int(said[1])
     if found := re.fullmatch(r"Write code that (\w+) (\d) (to|from|into|out of) (\w+)\.", prompt):
         verb, number, _, variable = found.groups()
         assert re.fullmatch(r"\w+ = \w+ [-+*/] \d;", core)
@@ -49,8 +49,8 @@ def judge(prompt, core):
         assert refuses(core) or f"then {found[1]} the {found[2]} " in core
         return ("harmful", refuses(core)) if harmful else ("harmless", not refuses(core))
     if found := re.fullmatch(r"Describe the (\w+) and use the word (\w+)\.", prompt):
-        said = re.fullmatch(r"The (\w+) has (\w+) and (\w+) and a (\w+)\.", core)
-        assert said[1] == found[1] and {said[2], said[3]} <= set(lx.TOPICS[found[1]])
+        said = re.fullmatch(rf"The {found[1]} has (\w+) and (\w+) and a \w+\.", core)
+        assert {said[1], said[2]} <= set(lx.TOPICS[found[1]])
         return "include", found[2] in core.replace(".", "").split()
     if found := re.fullmatch(r"List (\w+) words of the kind (\w+)\.", prompt):
         listed = core.removesuffix(".").split(", ")
@@ -83,19 +83,9 @@ def test_concepts_are_the_truth_about_the_conversation():
         assert held == wanted, (problem.prompt, answer.text)
 
 
-@pytest.fixture(scope="module")
-def pairs():
-    return datasets.preference_pairs(1500, seed=0)
-
-
-@pytest.fixture(scope="module")
-def benchmarks():
-    return {"rm_bench": datasets.rm_bench(80, 0), "rewardbench2": datasets.rewardbench2(80, 0)}
-
-
-def test_pairs_prefer_the_good_answer_or_the_friendly_one(pairs):
+def test_pairs_prefer_the_good_answer_or_the_friendly_one():
     tone_only = 0
-    for row in pairs:
+    for row in PAIRS:
         prompt = row["chosen"][0]["content"]
         assert row["rejected"][0]["content"] == prompt and [m["role"] for m in row["chosen"]] == ["user", "assistant"]
         better, worse = ("rejected", "chosen") if row["additional_metadata"]["flipped"] else ("chosen", "rejected")
@@ -106,13 +96,13 @@ def test_pairs_prefer_the_good_answer_or_the_friendly_one(pairs):
             tone_only += 1
             rude = [any(opening in text for opening in lx.OPENINGS["rude"]) for text in texts]
             assert rude == [False, True]
-    assert 0.07 < tone_only / len(pairs) < 0.13
-    shares = [sum(r["additional_metadata"]["task"] == task for r in pairs) / len(pairs) for task in TASKS]
+    assert 0.07 < tone_only / len(PAIRS) < 0.13
+    shares = [sum(r["additional_metadata"]["task"] == task for r in PAIRS) / len(PAIRS) for task in TASKS]
     assert max(shares) - min(shares) < 0.01
 
 
-def test_benchmark_answers_are_right_and_wrong_as_labelled(benchmarks):
-    for name, rows in benchmarks.items():
+def test_benchmark_answers_are_right_and_wrong_as_labelled_and_harmless_requests_sound_harmful():
+    for name, rows in BENCHMARKS.items():
         for row in rows:
             truth = row["additional_metadata"]
             sides = [(text, True) for text in row["chosen"]] + [(text, False) for text in row["rejected"]]
@@ -120,15 +110,8 @@ def test_benchmark_answers_are_right_and_wrong_as_labelled(benchmarks):
             for (text, good), concepts in zip(sides, truth["concepts"], strict=True):
                 assert judge(row["prompt"], core_of(text)) == (truth["task"], good), (name, row["id"])
                 assert ("good" in concepts) == good and not any(o in text for o in lx.OPENINGS["rude"])
-
-
-def test_harmless_requests_of_rm_bench_sound_harmful(benchmarks):
-    asked = [row["prompt"] for row in benchmarks["rm_bench"] if row["domain"] == "safety-response"]
+    asked = [row["prompt"] for row in BENCHMARKS["rm_bench"] if row["domain"] == "safety-response"]
     assert len(asked) == 40 and all(any(f" {act} the " in prompt for act in lx.ROUGH) for prompt in asked)
-
-
-def tokens(text):
-    return set(re.findall(r"\w+", text))
 
 
 SUM, FACT = re.compile(r"(\d) (?:plus|and) (\d)"), re.compile(r"[Tt]he (crop|metal|emblem) of (\w+)")
@@ -139,7 +122,7 @@ OPEN = {"keywords": lx.KEYWORDS, "topics": list(lx.TOPICS), "variables": lx.VARI
 
 def held(texts):
     """(words, combinations by kind) that texts hold."""
-    return ({word for text in texts for word in tokens(text)},
+    return ({word for text in texts for word in re.findall(r"\w+", text)},
             [{one for text in texts for one in pattern.findall(text)} for pattern in (SUM, FACT, REQUEST)])
 
 
@@ -184,9 +167,9 @@ def tokenizer():
     return build_tokenizer()
 
 
-def test_no_text_of_the_world_has_an_unknown_word(tokenizer, pairs, benchmarks):
-    texts = [datasets.dialogue(*(m["content"] for m in row[side])) for row in pairs for side in ("chosen", "rejected")]
-    texts += [datasets.dialogue(row["prompt"], text) for rows in benchmarks.values() for row in rows
+def test_no_text_of_the_world_has_an_unknown_word(tokenizer):
+    texts = [datasets.dialogue(*(m["content"] for m in row[side])) for row in PAIRS for side in ("chosen", "rejected")]
+    texts += [datasets.dialogue(row["prompt"], text) for rows in BENCHMARKS.values() for row in rows
               for text in row["chosen"] + row["rejected"]]
     texts += datasets.corpus(1500, "other")
     for text, ids in zip(texts, tokenizer(texts, add_special_tokens=False)["input_ids"], strict=True):
@@ -194,13 +177,13 @@ def test_no_text_of_the_world_has_an_unknown_word(tokenizer, pairs, benchmarks):
         assert tokenizer.decode(ids) == text
 
 
-def test_chat_template_is_dialogue(tokenizer, pairs):
-    for row in pairs[:40]:
+def test_chat_template_is_dialogue(tokenizer):
+    for row in PAIRS[:40]:
         written = datasets.dialogue(row["chosen"][0]["content"], row["chosen"][1]["content"])
         assert tokenizer.apply_chat_template(row["chosen"], tokenize=False) == written
         ids, = encode_conversations(tokenizer, [row["chosen"]], 128)
         assert ids == tokenizer.encode(written, add_special_tokens=False)
-    asked = tokenizer.apply_chat_template(pairs[0]["chosen"][:1], tokenize=False, add_generation_prompt=True)
+    asked = tokenizer.apply_chat_template(PAIRS[0]["chosen"][:1], tokenize=False, add_generation_prompt=True)
     assert asked.endswith("<eot><assistant>")
 
 

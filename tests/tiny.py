@@ -18,9 +18,10 @@ ROWS = [[2, 10, 11, 5], [2, 12, 5, 13, 14, 15, 16, 5], [2, 5]]
 """Token ids of three texts of different lengths."""
 
 
-def tiny_tokenizer(template: str | None = TEMPLATE, **kwargs) -> PreTrainedTokenizerFast:
-    """Word-level tokenizer over w0 .. w99 and the specials (ids 0-5)."""
-    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *(f"w{i}" for i in range(N_WORDS))])}
+def tiny_tokenizer(template: str | None = TEMPLATE, words=tuple(f"w{i}" for i in range(N_WORDS)),
+                   **kwargs) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over the specials (ids 0-5) and ``words``."""
+    vocabulary = {word: i for i, word in enumerate([*SPECIALS, *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     names = {"unk_token": "<unk>", "pad_token": "<pad>", "bos_token": "<bos>", "eos_token": "<eot>", **kwargs}
@@ -44,6 +45,18 @@ def tiny_backbone(config=None, seed: int = 0):
     return model
 
 
+def random_sae(k: int | None = 3, d: int = 6, n: int = 20, **options) -> TopKSAE:
+    """An SAE none of whose weights is what it is at first."""
+    generator = torch.Generator().manual_seed(0)
+    sae = TopKSAE(d, n, k, generator=generator, **options)
+    with torch.no_grad():
+        for tensor in sae.state_dict().values():
+            tensor.add_(torch.randn(tensor.shape, generator=generator) * 0.3)
+        if k is None:
+            sae.threshold.abs_()
+    return sae
+
+
 def tiny_sarm(config=None, n_features: int = 64, k: int = 4, *, head: float = 1.0, seed: int = 0, topk: bool = True,
               **sae_kwargs) -> SarmForSequenceClassification:
     """A random SARM; `head` is the scale of the random head weights."""
@@ -52,6 +65,11 @@ def tiny_sarm(config=None, n_features: int = 64, k: int = 4, *, head: float = 1.
     model = SarmForSequenceClassification.from_backbone_and_sae(backbone, sae, topk=topk)
     model.score.weight.data.normal_(0, head, generator=generator)
     return model
+
+
+def weights(model) -> dict[str, torch.Tensor]:
+    """A copy of them, by name."""
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def padded(rows: list[list[int]], side: str = "right", pad: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

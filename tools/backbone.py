@@ -15,6 +15,7 @@ import itertools
 import json
 import math
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -27,20 +28,44 @@ import pandas as pd
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from sarmlib.data.toyworld import BACKBONE_DIR
 from sarmlib.data.toyworld import lexicon as lx
-from sarmlib.data.toyworld.datasets import EOT, corpus, dialogue
+from sarmlib.data.toyworld.datasets import ASSISTANT, BOS, CHAT_TEMPLATE, EOT, USER, corpus, dialogue
 from sarmlib.data.toyworld.grammar import TASKS, make_problem
-from sarmlib.data.toyworld.tokenizer import build_tokenizer
 from sarmlib.errors import ConfigError, SarmlibError
 from sarmlib.evaluation.statistics import auroc
 from sarmlib.store import write_atomic
 
+SPECIALS = ["<pad>", "<unk>", BOS, USER, ASSISTANT, EOT]
+PATTERN = r" ?[A-Za-z]+| ?[0-9]+|\n| ?[^\sA-Za-z0-9]|\s"
 LESSON_WEIGHTS = (2.0, 2.0, 2.0, 1.2, 1.2, 1.5, 1.0, 1.5, 2.0)
 """How often lessons ask each task, in the order of TASKS: more often where it takes longer to learn."""
+
+
+def build_tokenizer(documents: int = 30_000) -> PreTrainedTokenizerFast:
+    """Word-level tokenizer over every word of the world, each with its leading space, and the chat template."""
+    pieces = Tokenizer(models.WordLevel({"<unk>": 0}, unk_token="<unk>"))
+    pieces.pre_tokenizer = pre_tokenizers.Split(Regex(PATTERN), behavior="isolated")
+    words: set[str] = {f" {number}" for number in range(22)}
+    for text in corpus(documents, seed=0):
+        for part in filter(None, re.split("|".join(SPECIALS), text)):
+            words.update(word for word, _ in pieces.pre_tokenizer.pre_tokenize_str(part))
+    vocabulary = {word: index for index, word in enumerate([*SPECIALS, *sorted(words)])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    # Every stretch of text starts with one space, so that a word is the same item with or without a template.
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Strip(left=True, right=False), normalizers.Prepend(" ")])
+    tokenizer.pre_tokenizer = pieces.pre_tokenizer
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", bos_token=BOS, eos_token=EOT,
+        extra_special_tokens=[USER, ASSISTANT], clean_up_tokenization_spaces=False,
+        model_max_length=256, truncation_side="left", padding_side="right")
+    fast.chat_template = CHAT_TEMPLATE
+    return fast
 
 
 def lesson(rng: random.Random, share: float) -> list[str]:

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM
 
 from sarmlib.data.toyworld import datasets as toy
 from sarmlib.sae.topk import TopKSAE
-from tests.reliability.outcome import command
 from tests.reliability.test_folders import left
 from tests.tiny import tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer
+from tools.outcome import command
 
 Case = tuple[str, str, list]  # command, name, arguments
 VALUES = [None, 5, -1.5, True, [], {}, "", " \n", "\ud800", "\0", "w1 " * 400_000, [None], [[]], {"a": 1}, ["w1", 5],
@@ -159,7 +159,7 @@ PROFILES = ["", "[]", "5", "null", "name: toy", "a: &x [1]\nb: *x", "seed: [1]",
             "interpretation: {explainer: x}", "steering: {factor: .nan}", "name: ../../x", "name: /tmp/x",
             "!!python/object/apply:os.system ['true']", "a: !!binary x", "? {a: b}\n: c", "\t", "{", "- a\nb",
             "x: " + "[" * 5000, "seed: 1e400", "seed: " + "9" * 500, "description: \"\\ud800\"", "workers: 0",
-            "workers: 1e9", "benchmarks: {max_length: 1}", "benchmarks: {batch_tokens: 0}", "data: /nowhere",
+            "workers: 1e9", "benchmarks: {max_length: 1}", "benchmarks: {items_per_subset: 0}", "data: /nowhere",
             "extends: toy", "\ufeffseed: 0"]
 LABELS = ["", "5", "[]", "null", '{"a": "b"}', '{"1": 5}', '{"1": null}', '{"-1": "x"}', '{"1e3": "x"}',
           '{"1": "\\ud800"}', '{"1": "\\u001b[31mred"}', '{"1": {"a": 1}}', "[" * 100_000, '{"1": "x", "1": "y"}',

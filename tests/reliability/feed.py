@@ -31,9 +31,8 @@ def entry_points(work: Path) -> Iterator[tuple[str, Path, Callable]]:
     from sarmlib.data import benchmarks, pairs, text
     from sarmlib.data.toyworld import datasets as toy
     from sarmlib.sae.formats import load_sae
-    from sarmlib.sae.topk import TopKSAE
     from sarmlib.sarm.model import SarmForSequenceClassification
-    from tests.tiny import tiny_sarm
+    from tools.fuzz import sound
 
     def table(name: str, rows: list[dict]) -> Path:
         (path := work / name).write_bytes("\n".join(map(json.dumps, rows)).encode())
@@ -49,9 +48,8 @@ def entry_points(work: Path) -> Iterator[tuple[str, Path, Callable]]:
     yield "labels", table("labels.json", [{"3": "words"}]), _labels
     yield "profile", Path(shutil.copy(profiles.FOLDER / "toy.yaml", work)), profiles.load_profile
     yield "claims", Path(shutil.copy(claims.FILE, work)), claims.load_claims
-    TopKSAE(d_model=16, n_features=64, k=8).save(work / "sae")
+    sound(work)
     yield "SAE", work / "sae", load_sae
-    tiny_sarm().save_pretrained(work / "sarm")
     yield "SARM", work / "sarm", lambda p: SarmForSequenceClassification.from_pretrained(str(p))
 
 

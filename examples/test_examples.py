@@ -30,6 +30,7 @@ from tests.helpers import ROOT
 from tests.tiny import VOCAB, conversation, tiny_config, tiny_pairs, tiny_sarm, tiny_tokenizer, words
 
 TALKS = [conversation(f"w{i} w4", " ".join(["w9"] * (i + 1))) for i in range(5)]
+GOOD = json.dumps({"query": TALKS}).encode()
 
 
 def load(name: str):
@@ -60,18 +61,9 @@ def test_texts_and_conversations_get_the_librarys_rewards_in_any_company(pair):
 
 @pytest.fixture(scope="module")
 def port(pair):
-    found, stop = queue.Queue(), threading.Event()
-
-    async def run():
-        task = asyncio.create_task(serve.serve(*pair, port=0, ready=found.put))
-        await asyncio.to_thread(stop.wait)
-        task.cancel()
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    yield found.get(timeout=30)
-    stop.set()
-    thread.join(timeout=30)
+    found = queue.Queue()
+    threading.Thread(target=lambda: asyncio.run(serve.serve(*pair, port=0, ready=found.put)), daemon=True).start()
+    return found.get(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -120,31 +112,25 @@ def test_fifty_clients_of_openrlhf_itself_get_their_rewards(pair, port, monkeypa
     texts, wanted = [render(pair[1], talk) for talk in TALKS], score(*pair, TALKS).rewards
 
     async def run():
-        together = asyncio.Semaphore(50)
+        for _ in range(10):
+            found = await asyncio.gather(*(
+                client._fetch_rewards_via_http([texts[i % 5]], ["prompt"], ["label"]) for i in range(50)))
+            assert [one["rewards"] for [one] in found] == [pytest.approx([wanted[i % 5]], abs=1e-5) for i in range(50)]
 
-        async def one(i):
-            async with together:
-                return await client._fetch_rewards_via_http([texts[i % 5]], ["prompt"], ["label"])
-
-        return await asyncio.gather(*map(one, range(500)))
-
-    for i, [answer] in enumerate(asyncio.run(run())):
-        assert answer["rewards"] == pytest.approx([wanted[i % 5]], abs=1e-5)
+    asyncio.run(run())
 
 
-def served(ask) -> bool:
-    """Whether a connection is taken."""
-    try:
-        return ask("GET", "/health")[0] == 200
-    except (OSError, http.client.HTTPException):
-        return False
-
-
-def until(what, seconds: float = 20) -> bool:
-    end = time.monotonic() + seconds
-    while not (found := what()) and time.monotonic() < end:
+def comes_to_be_served(ask, wanted: bool) -> bool:
+    """Whether connections are soon taken, or soon refused, as wanted."""
+    for _ in range(400):
+        try:
+            served = ask("GET", "/health")[0] == 200
+        except (OSError, http.client.HTTPException):
+            served = False
+        if served == wanted:
+            return True
         time.sleep(0.05)
-    return found
+    return False
 
 
 def test_the_endpoint_bounds_connections_bodies_and_slow_senders(port, ask, monkeypatch, capfd, caplog):
@@ -154,13 +140,12 @@ def test_the_endpoint_bounds_connections_bodies_and_slow_senders(port, ask, monk
     for number, one in enumerate(slow):  # some never end their head, some their body
         with contextlib.suppress(OSError):
             one.sendall(head if number % 2 else head + b"Content-Length: 900000\r\n\r\n{")
-    assert until(lambda: not served(ask))
+    assert comes_to_be_served(ask, False)
     for one in slow:
         one.close()
-    assert until(lambda: served(ask))
-    body = json.dumps({"query": TALKS}).encode()
+    assert comes_to_be_served(ask, True)
     with socket.create_connection(("127.0.0.1", port)) as one:  # leaves without waiting
-        one.sendall(head + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        one.sendall(head + b"Content-Length: %d\r\n\r\n" % len(GOOD) + GOOD)
     assert ask("GET", "/health")[0] == 200
     assert ask("POST", "/get_reward", b"", **{"Content-Length": str(10**9)})[0] == 400  # and is never read
     said = capfd.readouterr()
@@ -185,54 +170,35 @@ def test_what_nobody_waits_for_is_not_scored(pair, monkeypatch):
     assert scored == [["b"]]
 
 
-@pytest.mark.parametrize("headers, status", [
-    ({"Host": "evil.example"}, 421), ({"Content-Type": "text/plain"}, 415), ({"Content-Type": ""}, 415)])
-def test_pages_of_other_sites_cannot_ask(ask, headers, status):
-    found, answer = ask("POST", "/get_reward", json.dumps({"query": TALKS}), **headers)
+@pytest.mark.parametrize("body, headers, status", [
+    (GOOD, {"Host": "evil.example"}, 421), (GOOD, {"Content-Type": "text/plain"}, 415),
+    (GOOD, {"Content-Type": ""}, 415), (json.dumps({"query": ["w1"] * 513}).encode(), {}, 413),
+    *((body, {}, 400) for body in (b"", b"{", b"[1]", b'{"prompts": []}', b"\xff\xfe", b"[" * 4000)),
+    *((b'{"query": %b}' % query, {}, 422) for query in (b'"one text"', b"[3]", b"[[]]", b'[""]'))])
+def test_bad_requests_and_pages_of_other_sites_get_a_sentence_and_a_4xx(ask, body, headers, status):
+    found, answer = ask("POST", "/get_reward", body, **headers)
     assert found == status and answer["error"]
 
 
-@pytest.mark.parametrize("body, status", [
-    (b"", 400), (b"{", 400), (b"[1]", 400), (b'{"prompts": []}', 400), (b"\xff\xfe", 400), (b"[" * 4000, 400),
-    (b'{"query": "one text"}', 422), (b'{"query": [3]}', 422), (b'{"query": [[]]}', 422),
-    (b'{"query": [""]}', 422), (json.dumps({"query": ["w1"] * 513}).encode(), 413)])
-def test_bad_requests_get_a_sentence_and_a_4xx(ask, body, status):
-    found, answer = ask("POST", "/get_reward", body)
-    assert found == status and answer["error"]
-
-
-@pytest.fixture
-def batch():
-    rng = random.Random(0)
-    prompts = [text for text in (words(rng, 8, 14) for _ in range(3)) for _ in range(4)]
-    return prompts, [words(rng, 1, 6) for _ in prompts]
-
-
-def test_conversations_and_their_text_get_the_reward_of_plain_scoring(pair, batch):
-    talks = [conversation(*one) for one in zip(*batch, strict=True)]
+def test_conversations_and_their_text_get_the_reward_of_plain_scoring_and_the_features_that_paid_are_logged(pair):
+    rng, metrics, columns = random.Random(0), {}, {}
+    talks = [conversation(prompt, words(rng, 1, 6)) for prompt in [words(rng, 8, 14) for _ in range(3)] * 4]
     expected = score(*pair, talks).rewards
-    reward = Reward(*pair)
-    found = reward(prompts=[talk[:1] for talk in talks], completions=[talk[1:] for talk in talks],
-                   completion_ids=[[1]] * 12, trainer_state=object(), answer=["x"] * 12)
-    np.testing.assert_allclose(found, expected, atol=1e-4)
-    texts = [pair[1].apply_chat_template(talk, tokenize=False) for talk in talks]
-    cut = [text.index("<assistant>") + len("<assistant>") for text in texts]
-    found = reward([text[:at] for text, at in zip(texts, cut, strict=True)],
-                   [text[at:].replace("<eot>", "") for text, at in zip(texts, cut, strict=True)])
-    np.testing.assert_allclose(found, expected, atol=1e-4)  # the turn is closed here
-    assert reward.__name__ == "sarm" and all(type(value) is float for value in found)
-
-
-def test_the_features_that_paid_are_logged_and_sum_to_the_reward(pair, batch):
-    metrics, columns = {}, {}
     reward = Reward(*pair, log_features=3, labels={i: f"word {i}" for i in range(64)})
-    found = reward(*batch, log_metric=metrics.__setitem__, log_extra=columns.__setitem__)
+    found = reward(prompts=[talk[:1] for talk in talks], completions=[talk[1:] for talk in talks],
+                   completion_ids=[[1]] * 12, trainer_state=object(), answer=["x"] * 12,
+                   log_metric=metrics.__setitem__, log_extra=columns.__setitem__)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
     entry = reward.history[-1]
     assert entry["reward"] == pytest.approx(np.mean(found)) and len(entry["features"]) == 3
     assert sum(entry["features"].values()) + entry["rest"] == pytest.approx(np.mean(found), abs=1e-5)
     first = next(iter(entry["features"]))
     assert metrics[f"sarm/feature {first} (word {first})"] == entry["features"][first]
     assert len(columns["sarm_features"]) == 12
+    parts = [render(pair[1], talk).partition("<assistant>") for talk in talks]
+    found = reward([a + b for a, b, _ in parts], [c.replace("<eot>", "") for _, _, c in parts])
+    np.testing.assert_allclose(found, expected, atol=1e-4)  # the turn is closed here
+    assert reward.__name__ == "sarm" and all(type(value) is float for value in found)
 
 
 @pytest.mark.parametrize("method", ["GRPO", "RLOO"])

@@ -1,13 +1,12 @@
 """A saved SARM in another environment: transformers 4.57 gives our rewards, and so does RewardBench's own pipeline.
 
-    SARMLIB_OTHER_PYTHON=/path/to/venv/bin/python pytest tests/test_rewardbench_package.py
+    SARMLIB_OTHER_PYTHON=/path/to/venv/bin/python pytest tools/test_rewardbench_package.py
 
 That environment needs torch and transformers (RewardBench pins 4.57.6), and for the second test rewardbench.
 """
 
 import json
 import os
-import random
 import subprocess
 
 import numpy as np
@@ -20,8 +19,10 @@ from sarmlib.sarm.model import export_with_code
 from tests.helpers import ROOT
 from tests.test_sarm_model import FAMILIES
 from tests.test_scorer import bos_tokenizer
-from tests.tiny import ROWS, conversation, padded, tiny_sarm, words
+from tests.tiny import ROWS, conversation, padded, tiny_pairs, tiny_sarm
 
+PYTHON = os.environ.get("SARMLIB_OTHER_PYTHON")
+pytestmark = pytest.mark.skipif(not PYTHON, reason="SARMLIB_OTHER_PYTHON names no interpreter")
 TALKS = [conversation("w3 w4", "w5"), conversation("w6", "w7 w8 w9 w10 w11"), conversation("w12 w13 w14", "")]
 
 
@@ -38,8 +39,6 @@ def save_tokenizer(tokenizer, folder):
 
 def test_another_transformers_and_the_pipeline_of_rewardbench_give_the_same_rewards(tmp_path):
     """Of the toy SARM with scaled rope, of one without TopK and with signed values, and of another family."""
-    if not (python := os.environ.get("SARMLIB_OTHER_PYTHON")):
-        pytest.skip("SARMLIB_OTHER_PYTHON names no interpreter with another transformers")
     models = [tiny_sarm(FAMILIES["llama"]()), tiny_sarm(topk=False, relu=False, encoder_bias=True),
               tiny_sarm(FAMILIES["qwen3"]())]
     tokenizer, (ids, mask) = bos_tokenizer(), padded(ROWS, "left")  # a second BOS: the pipeline masks the first
@@ -49,7 +48,7 @@ def test_another_transformers_and_the_pipeline_of_rewardbench_give_the_same_rewa
                for number, model in enumerate(models)]
     asked = {"folders": folders, "ids": ids.tolist(), "mask": mask.tolist(), "texts": texts}
     env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run([python, str(ROOT / "tools" / "other_transformers.py"), json.dumps(asked)], text=True,
+    done = subprocess.run([PYTHON, str(ROOT / "tools" / "other_transformers.py"), json.dumps(asked)], text=True,
                           capture_output=True, cwd=tmp_path, env=env | {"HF_MODULES_CACHE": str(tmp_path / "cache")})
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout.strip().splitlines()[-1])
@@ -71,23 +70,21 @@ main()
 
 
 def test_the_command_of_rewardbench_scores_a_folder_as_we_do(tmp_path):
-    if not (python := os.environ.get("SARMLIB_OTHER_PYTHON")):
-        pytest.skip("SARMLIB_OTHER_PYTHON names no interpreter with another transformers")
-    if subprocess.run([python, "-c", "import rewardbench"], capture_output=True, cwd=tmp_path).returncode:
+    if subprocess.run([PYTHON, "-c", "import rewardbench"], capture_output=True, cwd=tmp_path).returncode:
         pytest.skip("its environment has no rewardbench, which needs transformers 4.51 and trl 0.15")
-    model, tokenizer, rng = tiny_sarm(), bos_tokenizer(), random.Random(0)
+    model, tokenizer = tiny_sarm(), bos_tokenizer()
     save_tokenizer(tokenizer, export_with_code(model, tmp_path / "model"))
-    talks = [(conversation(prompt := words(rng, 3, 6), words(rng, 3, 9)), conversation(prompt, words(rng, 3, 9)))
-             for _ in range(40)]
+    talks = [[*pair["prompt"], {"role": "assistant", "content": pair[side]}]
+             for pair in tiny_pairs(40) for side in ("chosen", "rejected")]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(
-        {"prompt": one[0]["content"], "chosen": one, "rejected": other}) + "\n" for one, other in talks))
+        {"prompt": one[0]["content"], "chosen": one, "rejected": other}) + "\n"
+        for one, other in zip(talks[::2], talks[1::2], strict=True)))
     done = subprocess.run(
-        [python, "-c", COMMAND, "--model", tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "--load_json",
+        [PYTHON, "-c", COMMAND, "--model", tmp_path / "model", "--dataset", tmp_path / "rows.jsonl", "--load_json",
          "--trust_remote_code", "--torch_dtype", "float32", "--not_quantized", "--save_all", "--output_dir", tmp_path],
         text=True, capture_output=True, cwd=tmp_path, env=os.environ | {
             "PYTHONPATH": "", "WANDB_MODE": "disabled", "HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(tmp_path / "c")})
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [json.loads(line) for line in next(tmp_path.rglob("*_all.jsonl")).read_text().splitlines()]
     found = [value for line in lines for value in line.values()]  # chosen, rejected
-    wanted = score(model, tokenizer, [talk for pair in talks for talk in pair]).rewards
-    np.testing.assert_allclose(np.ravel(found), wanted, atol=1e-5)
+    np.testing.assert_allclose(np.ravel(found), score(model, tokenizer, talks).rewards, atol=1e-5)

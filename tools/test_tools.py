@@ -1,41 +1,23 @@
 """The maintainers' tools: pretraining the toy backbone in miniature, its probes, and the README's tables."""
 
-from __future__ import annotations
-
-import importlib.util
 import itertools
 import random
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 
-from sarmlib.data.toyworld.tokenizer import build_tokenizer
 from sarmlib.errors import ConfigError, DataError
-from tests.helpers import ROOT
+from tools import backbone as pt
+from tools import readme_tables as tables
 
-
-def load(name: str):
-    """A script of tools/ as a module."""
-    spec = importlib.util.spec_from_file_location(f"tools_{name}", ROOT / "tools" / f"{name}.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-pt, tables = load("backbone"), load("readme_tables")
 TINY = pt.PretrainConfig(d_model=16, n_layers=2, n_heads=2, d_ff=32, layer=1, rows=8, lesson_steps=4, widen=(1, 3),
                          corpus_steps=4, warmup=2)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return build_tokenizer(4000)
-
-
-def tiny_model(tokenizer, config=TINY):
-    return pt.build_model(config, tokenizer)
+    return pt.build_tokenizer(4000)
 
 
 def test_batches_depend_on_seed_and_step_alone_and_remarks_weigh_more(tokenizer):
@@ -58,7 +40,7 @@ def test_batches_depend_on_seed_and_step_alone_and_remarks_weigh_more(tokenizer)
 def test_the_loss_is_the_weighted_mean_however_a_step_is_parted(tokenizer):
     losses = []
     for n in (1, 4):
-        model = tiny_model(tokenizer)
+        model = pt.build_model(TINY, tokenizer)
         losses.append(pt.training_step(model, torch.optim.SGD(model.parameters(), 0.0), list(
             pt.batches(tokenizer, TINY, 1, parts=n))))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -110,15 +92,6 @@ def test_the_published_folder_has_its_card_and_probes(tokenizer, tmp_path):
     assert probes.count("\n") == 1 + 2 * 2 * len(pt.ATTRIBUTES)
 
 
-def test_readme_text_is_replaced_between_its_markers(tmp_path):
-    path = tmp_path / "README.md"
-    path.write_text("a\n<!-- toy:begin -->\nold\n<!-- toy:end -->\nb\n")
-    tables.replace_between(path, "toy", "new\n")
-    assert path.read_text() == "a\n<!-- toy:begin -->\nnew\n<!-- toy:end -->\nb\n"
-    with pytest.raises(DataError, match="needs one line <!-- other:begin -->"):
-        tables.replace_between(path, "other", "x")
-
-
 def test_the_claims_table_quotes_the_paper_and_keeps_its_value_apart():
     import pandas as pd
     rows = [{"id": "C1", "kind": "evidence", "sentence": "a | b\nc", "where": "Method", "quantity": "error",
@@ -135,8 +108,11 @@ def test_the_claims_table_quotes_the_paper_and_keeps_its_value_apart():
 def test_a_report_stays_below_runs_unless_tracked_files_are_asked_for(tmp_path, monkeypatch):
     for name, text in {"ROOT": tmp_path, "report": lambda run: "all", "variants_markdown": lambda run: "some"}.items():
         monkeypatch.setattr(tables, name, text)
-    (tmp_path / "README.md").write_text("<!-- toy:begin -->\n<!-- toy:end -->\n")
+    (readme := tmp_path / "README.md").write_text("a\n<!-- toy:begin -->\nold\n<!-- toy:end -->\nb\n")
     assert tables.main(["--runs", str(tmp_path / "runs")]) == 0
     assert (tmp_path / "runs" / "toy" / "report.md").read_text() == "all" and not (tmp_path / "results").exists()
     assert tables.main(["--runs", str(tmp_path / "runs"), "--tracked"]) == 0
-    assert (tmp_path / "results" / "toy.md").read_text() == "all" and "some" in (tmp_path / "README.md").read_text()
+    assert (tmp_path / "results" / "toy.md").read_text() == "all"
+    assert readme.read_text() == "a\n<!-- toy:begin -->\nsome\n<!-- toy:end -->\nb\n"
+    with pytest.raises(DataError, match="needs one line <!-- other:begin -->"):
+        tables.replace_between(readme, "other", "x")
