@@ -129,7 +129,8 @@ def forwards(rounds: int, processes: int) -> None:
             if number:  # the first round warms up
                 times[name].append(time.process_time() - start)
         for topk in ("", ", no TopK"):
-            gaps = (rewards["reward position" + topk] - rewards["every token" + topk]).abs().flatten().sort().values
+            ours, other = (rewards[kind + topk] for kind in ("reward position", "every token"))
+            gaps = ((ours - other).abs() / (1 + other.abs())).flatten().sort().values
             assert gaps[-2] < 1e-4, gaps  # in one text, rounding may swap two features at the edge of TopK
     base = times["reward position"]
     print(f"forward of {BATCH} texts of {T // 2} to {T} tokens, d {D}, M {M}, k {K}; {rounds} rounds, {processes} "
