@@ -15,7 +15,9 @@ import os
 import platform
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
@@ -61,8 +63,8 @@ def neuron_basis(d: int, k: int) -> TopKSAE:
 class HeldTrainer(training._Trainer):
     """SAE training that keeps each decoder column within ``least`` (a cosine) of its random start."""
 
-    def __init__(self, sae: TopKSAE, config: training.SAETrainConfig, least: float):
-        super().__init__(sae, config, config.steps)
+    def __init__(self, sae: TopKSAE, *args, least: float):
+        super().__init__(sae, *args)
         self.first, self.least = sae.W_dec.detach().clone(), least
 
     def train_step(self, batch: torch.Tensor) -> dict | None:
@@ -81,14 +83,11 @@ def hold(columns: torch.Tensor, first: torch.Tensor, least: float) -> None:
 
 def held_sae(run: pipeline.Run, seed: int, least: float) -> TopKSAE:
     """An SAE by the profile's recipe on sentence ends whose decoder is held near its random start."""
-    spec, shape = run.profile.sae, run.shape
-    names = {"lr", "betas", "batch_size", "auxk_coef", "renorm_every", "dead_after", "steps"}
-    config = training.SAETrainConfig(**spec.model_dump(include=names), seed=seed)
-    sae = TopKSAE(shape["d_model"], shape["n_features"], shape["k"], encoder_bias=spec.encoder_bias, relu=spec.relu,
-                  generator=torch.Generator().manual_seed(seed))
-    trainer = HeldTrainer(sae, config, least)
-    trainer.run(run.vectors("sentence_end")["train"], progress=False)
-    return sae
+    held = partial(HeldTrainer, least=least)
+    with tempfile.TemporaryDirectory() as folder, patch.object(training, "_Trainer", held):
+        pipeline.pretrain_sae(run.profile.sae, run.vectors("sentence_end")["train"], Path(folder), seed=seed,
+                              d_model=run.shape["d_model"], progress=False)
+        return TopKSAE.load(Path(folder) / "sae")
 
 
 def same_text_sae(run: pipeline.Run, seed: int) -> TopKSAE:
