@@ -1,4 +1,4 @@
-"""transformers' own common tests of models and configs, run on ours.
+"""transformers' own common tests of models and configs, run on ours, and on a SARM that was exported with its code.
 
     pip download transformers==VERSION --no-binary :all: --no-deps  # the installed version; unpack it
     SARMLIB_TRANSFORMERS_TESTS=transformers-VERSION/tests python tools/transformers_common.py [-v] [-k save_load]
@@ -10,6 +10,7 @@ import importlib
 import json
 import os
 import sys
+import tempfile
 import unittest
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,8 +18,15 @@ from types import ModuleType
 
 import torch
 from transformers import LlamaConfig
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from sarmlib.sarm.model import SarmConfig, SarmForSequenceClassification, ScalarRewardModel
+from sarmlib.sarm.model import (
+    EXPORTED,
+    SarmConfig,
+    SarmForSequenceClassification,
+    ScalarRewardModel,
+    export_with_code,
+)
 
 FOLDER = Path(os.environ.get("SARMLIB_TRANSFORMERS_TESTS", "/nowhere"))
 ABSENT = {"exporters.test_export": {"ExportTesterMixin": object}, "generation.test_utils":
@@ -52,7 +60,7 @@ class Tester:
 
     def __init__(self, config_class):
         self.config_class = config_class
-        self.settings = {"n_features": 64, "k": 4} if config_class is SarmConfig else {}
+        self.settings = {"n_features": 64, "k": 4} if config_class.model_type == "sarm" else {}
 
     def get_config(self):
         decoder = LlamaConfig(vocab_size=99, hidden_size=32, intermediate_size=37, num_hidden_layers=2,
@@ -93,7 +101,11 @@ def cases(model_class) -> type[unittest.TestCase]:
 
 if not FOLDER.joinpath("test_modeling_common.py").is_file() or not find_spec("parameterized"):
     raise SystemExit(f"SARMLIB_TRANSFORMERS_TESTS={FOLDER} has no test_modeling_common.py, or parameterized is absent")
-Sarm, Scalar = cases(SarmForSequenceClassification), cases(ScalarRewardModel)
+with tempfile.TemporaryDirectory() as exported:
+    config = Tester(SarmConfig).get_config()
+    export_with_code(SarmForSequenceClassification(config), exported)
+    remote = get_class_from_dynamic_module(f"{EXPORTED}.SarmForSequenceClassification", exported)
+Sarm, Scalar, Exported = cases(SarmForSequenceClassification), cases(ScalarRewardModel), cases(remote)
 
 if __name__ == "__main__":
     unittest.main()
