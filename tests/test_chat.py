@@ -4,11 +4,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from sarmlib import chat
 from sarmlib.chat import collate, encode_conversations, end_of_turn_id, reward_position, truncate_left
-from sarmlib.errors import ConfigError, DataError
+from sarmlib.errors import ConfigError, DataError, ModelError
 from tests.tiny import TEMPLATE, conversation, tiny_tokenizer
 
 BOS, EOT = 2, 5
@@ -86,6 +86,13 @@ def test_a_template_that_refuses_a_role_or_computes_something_huge_is_a_data_err
 def test_a_template_may_multiply_and_pass_keywords():
     small = "{{ 2**-1 * (-3)**3 * 'ab'|length }}{{ '-' * 3 }}{{ dict(a=1, **{'b': 2}).b }} "
     assert chat.render(tiny_tokenizer(small + TEMPLATE), conversation("w1", "w2")).startswith("-27.0---2 <bos>")
+
+
+def test_a_tokenizer_with_one_id_too_many_is_refused():
+    tokenizer = tiny_tokenizer()
+    chat.check_vocabulary(LlamaConfig(vocab_size=len(tokenizer)), tokenizer)
+    with pytest.raises(ModelError, match="belong to different models"):
+        chat.check_vocabulary(LlamaConfig(vocab_size=len(tokenizer) - 1), tokenizer)
 
 
 def test_what_does_not_end_its_turn_is_counted_and_a_batch_is_padded_on_the_right():
