@@ -196,6 +196,8 @@ def test_states_are_computed_while_the_last_ones_are_used():
     assert next(items) == "first" and third.wait(10) and not fourth.wait(0.1)  # two of five rows, and no further
     with pytest.raises(DataError, match="bad text"):
         assert list(items) == ["next!", "third"]
+    items = pipeline._ahead(iter(["a", "b", "c"]))
+    assert next(items) == "a" and items.close() is None  # which waits for its thread
     assert not any("ThreadPool" in thread.name for thread in threading.enumerate())
 
 

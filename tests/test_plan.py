@@ -1,7 +1,5 @@
 """Plans are arithmetic on shapes: the paper's sizes come out, and costs move as they must."""
 
-import json
-
 import pytest
 import torch
 from transformers import AutoModel, LlamaConfig, Qwen2Config
@@ -25,10 +23,10 @@ def test_the_papers_sizes_are_counted_and_other_depths_would_not_give_them(name,
 @pytest.mark.parametrize("name", ["toy", "gpu", "paper-3b", "paper-4b"])
 def test_a_known_shape_is_counted_as_the_decoder_that_is_built(name):
     profile = load_profile(name)
-    shape = SHAPES.get(backbone_path(profile)) or json.loads((BACKBONE_DIR / "config.json").read_text())
-    kind = Qwen2Config if "qkv_biases" in shape else LlamaConfig
+    shape, kind = SHAPES.get(backbone_path(profile)), Qwen2Config if name == "gpu" else LlamaConfig
+    config = cut_config(kind(**shape) if shape else kind.from_pretrained(BACKBONE_DIR), profile.backbone.layer)
     with torch.device("meta"):
-        decoder = AutoModel.from_config(cut_config(kind(**shape), profile.backbone.layer))
+        decoder = AutoModel.from_config(config)
     assert decoder.num_parameters() == sizes(profile).embeddings + sizes(profile).layers
     with pytest.raises(ConfigError, match="layer=99 is not in"):
         sizes(load_profile(name, **{"backbone.layer": 99}))

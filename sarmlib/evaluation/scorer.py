@@ -37,7 +37,7 @@ from sarmlib.store import hash_json, write_atomic, write_json, writing
 
 MAX_LENGTH = 2048  # tokens of a text in both benchmarks' official scripts
 LONGEST_ROW = 4096  # tokens of a row with more than one text: its mask has the square of that
-ON_CPU, ON_GPU = 1024, 32_768  # padded tokens a batch; on CPUs 1024 was fastest for decoders of 64 to 1024 units
+ON_CPU, ON_GPU = 1024, 32_768  # padded tokens a batch; 1024: near the fastest on one CPU (benchmarks/RESULTS.md)
 
 
 class Scores(NamedTuple):
